@@ -85,7 +85,7 @@ class JumpingScheduler(Scheduler):
                     accounts.hold(request, full // self._cache.block_tokens, begins_s[full - first])
                 block_ids = self._cache.allocate(blocks, computed)
                 assert block_ids is not None, too_many
-                request.tenant.held.update(block_ids)
+                request.tenant.hold(block_ids)
                 grown.append((request.slot, block_ids))
             if computed >= blocks.next_index_tokens:
                 self._cache.index(blocks, computed)

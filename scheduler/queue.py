@@ -47,13 +47,14 @@ class RequestHeap:
             heapq.heappop(heap)
         return heap[0] if heap else None
 
-    def discard(self, request: Request) -> None:
-        """Remove a request if it is there."""
+    def discard(self, request: Request) -> bool:
+        """Remove a request if it is there; whether it was."""
         if self._live.pop(request.key, None) is None:
-            return
+            return False
         if len(self._heap) > 2 * len(self._live) + COMPACT_ABOVE:
             self._heap = list(self._live.values())
             heapq.heapify(self._heap)
+        return True
 
 
 class SiblingGate:

@@ -161,7 +161,8 @@ class Scheduler:
         context = sum([seq.start for seq in decodes.values()]) + len(decodes) if is_priced else 0
         budget = StepBudget(self._config, self._cost, decodes.values(), context, len(prefills))
         # after a preemption there is no room, and nobody is admitted
-        self._plan_prompts(prefills, budget, now, admits=preemptions == self._num_preemptions)
+        if prefills or self._tenants.num_waiting:
+            self._plan_prompts(prefills, budget, now, admits=preemptions == self._num_preemptions)
         seqs = budget.seqs
         ahead = num_pending > 0 and PENDING in [seq.token_ids[-1] for seq in seqs]
         self._num_steps += 1
@@ -308,7 +309,7 @@ class Scheduler:
             if victim is request:
                 return None
         self._accounts.hold(request, len(request.blocks.block_ids) - len(new), self._clock())
-        request.tenant.held.update(new)
+        request.tenant.hold(new)
         return new
 
     def _plan_prompts(self, prefills: list[Request], budget: StepBudget, now: float, *, admits: bool) -> None:

@@ -33,7 +33,13 @@ class Tenant:
     num_running: int = 0
     num_aside: int = 0  # that wait, and are out of `waiting` for a moment
     waiting: RequestHeap = field(default_factory=RequestHeap)
-    held: Counter[int] = field(default_factory=Counter)  # block -> its running sequences that hold it
+    held: dict[int, int] = field(default_factory=dict)  # block -> its running sequences that hold it
+
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """Count blocks that one more of its running sequences holds."""
+        held = self.held
+        for block_id in block_ids:
+            held[block_id] = held.get(block_id, 0) + 1
 
     def rank(self) -> tuple[float, int, int]:
         """Place in the order of turns, least first; among equals whoever has fewer running goes first."""
@@ -93,6 +99,8 @@ class Tenants:
     def virtual_time(self, but: Tenant | None = None) -> float:
         """The level of the counters: that of the last turn, or the least of all who have sequences, if it is more.
         but: a tenant that is not asked."""
+        if len(self._active) == (but in self._active):
+            return self._last_turn
         counters = [tenant.counter for tenant in self._active if tenant is not but]
         return max(self._last_turn, min(counters)) if counters else self._last_turn
 
@@ -136,10 +144,7 @@ class Tenants:
 
     def discard(self, request: Request) -> None:
         """Take a sequence out of the queue, if it is there."""
-        waiting = request.tenant.waiting
-        before = len(waiting)
-        waiting.discard(request)
-        self.num_waiting -= before - len(waiting)
+        self.num_waiting -= request.tenant.waiting.discard(request)
 
     def turns(self, prompts: Iterable[Request], admits: bool) -> Turns:
         """The turns of a step. prompts: those that run, in order. admits: whether those that wait have turns."""
@@ -151,7 +156,7 @@ class Tenants:
         """Count slot and blocks of a sequence that begins to run. What it found is free."""
         request.num_charged = max(request.num_charged, request.num_computed)
         request.tenant.num_running += 1
-        request.tenant.held.update(request.blocks.block_ids)
+        request.tenant.hold(request.blocks.block_ids)
 
     def end(self, request: Request) -> None:
         """Take them away again; to be called while the sequence still has its blocks."""

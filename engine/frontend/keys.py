@@ -116,9 +116,6 @@ def read_key_file(path: str) -> KeyFile:
         if count > most:
             text = f"keys: {path} has {count} {limit}, allowed: {most}"
             raise ConfigError(text, field="keys", limit=most, value=count)
-    if not opened["key"] and not opened["certificate"] and DEFAULT not in tenants:
-        text = f"keys: {path} has no line of a key or a certificate, and no tenant {DEFAULT}: nobody could come"
-        raise ConfigError(text, field="keys", limit="at least one key", value=path)
     access: dict[str, dict[Any, Access]] = {"key": {}, "certificate": {}}
     for kind, found in opened.items():
         for name, (number, line) in found.items():
@@ -135,7 +132,7 @@ class Door:
     def __init__(self, path: str) -> None:
         """path: the key file; "" for none: everybody may come, and do everything. Raises ConfigError."""
         self._path = path
-        self._file = read_key_file(path) if path else None
+        self._file = _in_force(path) if path else None
 
     @property
     def tenants(self) -> dict[str, Tenant]:
@@ -168,12 +165,21 @@ class Door:
         if not self._path:
             return True
         try:
-            self._file = read_key_file(self._path)
+            self._file = _in_force(self._path)
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error.message)
             return False
         log.info("%d tenants and %d keys are in force", len(self._file.tenants), len(self._file.keys))
         return True
+
+
+def _in_force(path: str) -> KeyFile:
+    """A key file that lets somebody in: one that does not is about to be written. Raises ConfigError."""
+    file = read_key_file(path)
+    if not file.keys and not file.certificates and DEFAULT not in file.tenants:
+        text = f"keys: {path} has no line of a key or a certificate, and no tenant {DEFAULT}: nobody could come"
+        raise ConfigError(text, field="keys", limit="at least one key", value=path)
+    return file
 
 
 def _lines(path: str) -> Iterator[tuple[int, Line]]:

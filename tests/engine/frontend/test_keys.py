@@ -130,8 +130,8 @@ def test_what_is_no_file_or_too_large_is_refused(write, tmp_path):
             read_key_file(path)
     for lines in ([], ["# nobody"], ['{"tenant": "a"}']):
         with pytest.raises(ConfigError, match="nobody could come"):
-            read_key_file(write(*lines))
-    assert read_key_file(write('{"tenant": "default"}')).tenants
+            Door(write(*lines))
+    assert Door(write('{"tenant": "default"}')).tenants
     with pytest.raises(ConfigError, match="257 tenants, allowed: 256"):
         read_key_file(write(*(f'{{"tenant": "t{index}"}}' for index in range(257))))
 
