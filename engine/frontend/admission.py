@@ -151,6 +151,8 @@ class Admission:
         self, num_tokens: int, priority: int, now: float, tenant: str = DEFAULT, weight: float = 1.0
     ) -> Estimate | None:
         """The time to the first token of a tenant's request that was sent now; None while no rate is known."""
+        if now - self._rate_s > EVIDENCE_S and len(self._starts) < FEWEST_STARTS:
+            return None
         whole = self._estimate(num_tokens, _Place(priority, tenant, 1.0), now)
         if whole is None or (share := self._share(tenant, weight)) == 1:
             return whole

@@ -83,6 +83,8 @@ class Heap:
     def release(self, stream: Stream) -> None:
         """A stream has ended, and its reader has all of it or is gone."""
         num_bytes = self._held.pop(stream, 0)
+        if not num_bytes:
+            return
         self.num_bytes -= num_bytes
         self._pool.add(stream.tenant.name, -num_bytes)
         if self.num_bytes <= self._soft:
