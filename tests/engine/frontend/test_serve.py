@@ -144,7 +144,7 @@ def test_what_is_on_is_told_at_the_start_and_no_hangup_is_lost(cores, tmp_path, 
     cores.silent = True
     keys, usage = tmp_path / "keys", tmp_path / "usage"
     keys.touch(mode=0o600)
-    keys.write_text('{"tenant": "ann"}\n{"tenant": "bob"}')
+    keys.write_text('{"tenant": "ann"}\n{"tenant": "default"}')
     frontend = FrontendConfig(
         address=f"unix:{tmp_path / 'sock'}", keys=str(keys), usage_file=str(usage), metrics="127.0.0.1:0"
     )
@@ -152,7 +152,7 @@ def test_what_is_on_is_told_at_the_start_and_no_hangup_is_lost(cores, tmp_path, 
         assert uvloop.run(launch._serve(replace(CONFIG, frontend=frontend), spawn)) == 0
     finally:
         signal.signal(signal.SIGHUP, ignored)
-    assert [sorted(tenants) for tenants in reloads] == [["ann", "bob"]]
+    assert [sorted(tenants) for tenants in reloads] == [["ann", "default"]]
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-3:])
     assert told["keys"] == f"{keys} (tenants: 2)"
     assert told["usage"].split() == ["file", str(usage)]
