@@ -33,6 +33,8 @@ FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
     *("masks", "parts", "probes", "resume", "trace"),
 )
+# The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
+ACCEPTANCE = "acceptance"
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -235,16 +237,17 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     features: list[str] = []
 
 
-class Accepted(Message, frozen=True, tag="accepted"):
+class Accepted(Message, frozen=True, tag="accepted", omit_defaults=True):
     """First message of a stream that was accepted (feature "resume"). `request_id`: 128 random bits in hex, which
     whoever knows them may resume and cancel by. `seed` repeats the generation. `queue_position`: requests before it
-    that have no token yet. `deadline_s`: what counts, from arrival."""
+    that have no token yet. `deadline_s`: what counts, from arrival. `prompt_tokens`: told in one process alone."""
 
     stream: int
     request_id: str
     seed: int
     queue_position: int
     deadline_s: float
+    prompt_tokens: int = 0
 
 
 class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
