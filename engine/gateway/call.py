@@ -16,6 +16,7 @@ Receive = Callable[[], Any]
 Send = Callable[[Event], Any]
 PIECE_BYTES = 128 * 1024  # of a long body, written at a time
 JSON = b"application/json"
+NONE: Headers = []
 
 
 class Call:
@@ -80,7 +81,7 @@ class Call:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def begin(self, status: int, kind: bytes, more: Headers = []) -> None:
+    async def begin(self, status: int, kind: bytes, more: Headers = NONE) -> None:
         """Send the answer's head; its body comes in pieces."""
         self.has_begun = True
         headers = [(b"content-type", kind), *self.headers, *more]
