@@ -68,6 +68,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     has_usage: bool = False
     continuous: bool = False
     prompt_text: str = ""
+    drops_output: bool = False
 
 
 def head(kind: str, name: str, request_id: str, model: str) -> Head:
@@ -234,7 +235,7 @@ class CompletionEvents(_Stream):
     def take(self, deltas: Sequence[Delta]) -> bytes:
         """Events that tell of new output."""
         told = []
-        for delta in deltas:
+        for delta in () if self.told.drops_output else deltas:
             self._output_tokens += len(delta.token_ids)
             logprobs = b""
             if self.told.logprobs and delta.logprobs:

@@ -20,7 +20,6 @@ from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.endpoints import House
 from cierzo.engine.gateway.errors import NoSuchPath, WrongMethod
 from cierzo.engine.gateway.guard import App, Guard
-from cierzo.engine.messages import Health
 
 Handler = Callable[[House, Call], Awaitable[None]]
 METRICS_KIND = b"text/plain; version=0.0.4; charset=utf-8"
@@ -40,22 +39,23 @@ class Row(NamedTuple):
 
 async def models(house: House, call: Call) -> None:
     """Answer GET /v1/models."""
-    rules = await house.rules(call.engine)
-    data = [_model(house, name, rules.model.max_model_len) for name in rules.names]
+    await house.rules(call.engine)
+    data = [_model(house, name) for name in house.names]
     await call.reply(msgspec.json.encode({"object": "list", "data": data}))
 
 
 async def model(house: House, call: Call) -> None:
     """Answer GET /v1/models/NAME."""
-    rules, name = await house.rules(call.engine), call.scope["path_params"]["name"]
-    if name not in rules.names:
-        raise NotFound(f"there is no model {name[:100]!r}", field="model", limit=", ".join(rules.names), value=name)
-    await call.reply(msgspec.json.encode(_model(house, name, rules.model.max_model_len)))
+    await house.rules(call.engine)
+    name = call.scope["path_params"]["name"]
+    if name not in house.names:
+        raise NotFound(f"there is no model {name[:100]!r}", field="model", limit=", ".join(house.names), value=name)
+    await call.reply(msgspec.json.encode(_model(house, name)))
 
 
-def _model(house: House, name: str, max_model_len: int) -> dict[str, Any]:
+def _model(house: House, name: str) -> dict[str, Any]:
     told = {"id": name, "object": "model", "created": house.began_s, "owned_by": "cierzo"}
-    return told | {"max_model_len": max_model_len}
+    return told | {"max_model_len": house.max_model_len}
 
 
 async def version(house: House, call: Call) -> None:
@@ -115,7 +115,7 @@ def make_app(config: HttpConfig, backends: Backends, hosts: Collection[str] = ()
         """Make the handler of a probe."""
 
         async def probe(house: House, call: Call) -> None:
-            found = backends.health() or Health(stream=0, state="unknown", uptime_s=0.0)
+            found = await backends.health()
             is_well = bool(getattr(found, name))
             told = {name: is_well, "state": found.state, "notes": found.notes}
             await call.reply(msgspec.json.encode(told), 200 if is_well else 503)

@@ -3,15 +3,15 @@ connection (`remote`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Protocol, Unpack
+from collections.abc import Iterable
+from typing import Any, Protocol, Unpack
 
 import msgspec
 
-from cierzo.engine.frontend.client_options import GenerateArguments
+from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.tenants import Right
-from cierzo.engine.messages import Health, ModelInfo, Stats
+from cierzo.engine.messages import Health, ModelInfo, Stats, TokenizerInfo
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -43,8 +43,20 @@ class Backend(Protocol):
         """Describe the model, and its limits."""
         ...
 
-    async def token_bytes(self, token_ids: Collection[int]) -> Mapping[int, bytes]:
-        """The bytes that tokens are in a text; of a control token those by which it is spelled."""
+    async def tokenize(self, **arguments: Unpack[TokenizeArguments]) -> list[int]:
+        """Give the tokens of a prompt; as `Client.tokenize`."""
+        ...
+
+    async def detokenize(self, token_ids: Iterable[Any], *, control_tokens: bool = False) -> str:
+        """Give the text of tokens; as `Client.detokenize`."""
+        ...
+
+    async def token_bytes(self, token_ids: Iterable[Any]) -> list[bytes]:
+        """Give the bytes of each token, of a control token those of its spelling."""
+        ...
+
+    async def tokenizer_info(self) -> TokenizerInfo:
+        """Describe the tokenizer. Raises Forbidden without the right "stats"."""
         ...
 
     async def require(self, right: Right) -> None:
@@ -63,8 +75,8 @@ class Backends(Protocol):
         """The engine for a request. Raises Unauthorized."""
         ...
 
-    def health(self) -> Health | None:
-        """The engine's state, for probes, which show no key; None: it is not known yet."""
+    async def health(self) -> Health:
+        """The engine's state, for probes, which show no key."""
         ...
 
     def metrics(self) -> bytes:

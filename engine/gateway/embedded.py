@@ -8,15 +8,16 @@ read there it is their `Link`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Unpack, cast
 
 import msgspec
 
-from cierzo.engine.errors import Forbidden
-from cierzo.engine.frontend.arguments import generate_message
-from cierzo.engine.frontend.client_options import GenerateArguments
+from cierzo.engine.errors import Forbidden, Overloaded
+from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message
+from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.delta_cost import delta_cost
+from cierzo.engine.frontend.encoders import Late
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer
 from cierzo.engine.frontend.frontend import Frontend
@@ -25,27 +26,37 @@ from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.frontend.tenants import Access, Right, Visitor
+from cierzo.engine.frontend.words import WAIT_S
 from cierzo.engine.gateway.backend import Caller
 from cierzo.engine.messages import (
     ACCEPTANCE,
     Accepted,
     Cancel,
+    ClientMessage,
     Credit,
     Delta,
     Deltas,
+    Detokenize,
+    Detokenized,
     Failure,
     Final,
     GetHealth,
     GetStats,
+    GetTokenizer,
     Health,
     Message,
     ModelInfo,
     ServerMessage,
     Stats,
+    Tokenize,
+    Tokenized,
+    TokenizerInfo,
+    Worded,
 )
 from cierzo.engine.text.prompt import PromptEncoder
 
-FEATURES = frozenset((ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "trace"))
+FEATURES = frozenset((ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "tokenize", "trace"))
+RETRY_AFTER_S = 1.0
 CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
 
@@ -67,7 +78,7 @@ class Embedded:
         visitor = Visitor(digest_of(caller.key), caller.certificate, caller.is_local)
         return Desk(self, self._door.access(visitor), caller.peer)
 
-    def health(self) -> Health:
+    async def health(self) -> Health:
         """The front end's state."""
         frontend = self.frontend
         return Health(stream=0, state=frontend.health, uptime_s=frontend.uptime_s, **frontend.probes._asdict())
@@ -115,32 +126,52 @@ class Desk:
 
     async def health(self) -> Health:
         """The state of the engine."""
-        return cast(Health, await self.call(GetHealth))
+        return cast(Health, await self._ask(GetHealth(stream=0)))
 
     async def stats(self) -> Stats:
         """Counters and gauges. Raises Forbidden without the right "stats"."""
-        return cast(Stats, await self.call(GetStats))
+        return cast(Stats, await self._ask(GetStats(stream=0)))
 
     async def model_info(self) -> ModelInfo:
         """Describe the model, and its limits."""
         return self._house.frontend.model
 
-    async def token_bytes(self, token_ids: Collection[int]) -> Mapping[int, bytes]:
-        """The bytes that tokens are in a text; of a control token those by which it is spelled."""
-        return {token_id: self._house.token_bytes(token_id) for token_id in token_ids}
+    async def tokenize(self, **arguments: Unpack[TokenizeArguments]) -> list[int]:
+        """Give the tokens of a prompt; as `Client.tokenize`."""
+        return cast(Tokenized, await self._words(tokenize_message(**arguments))).token_ids
+
+    async def detokenize(self, token_ids: Iterable[Any], *, control_tokens: bool = False) -> str:
+        """Give the text of tokens; as `Client.detokenize`."""
+        return cast(Detokenized, await self._words(detokenize_message(token_ids, control_tokens))).text
+
+    async def token_bytes(self, token_ids: Iterable[Any]) -> list[bytes]:
+        """Give the bytes of each token, of a control token those of its spelling."""
+        return [self._house.token_bytes(token_id) for token_id in token_ids]
+
+    async def tokenizer_info(self) -> TokenizerInfo:
+        """Describe the tokenizer. Raises Forbidden without the right "stats"."""
+        return cast(TokenizerInfo, await self._ask(GetTokenizer(stream=0)))
 
     async def require(self, right: Right) -> None:
         """Raise Forbidden unless the caller has a right."""
         if right not in self.access.rights:
             raise Forbidden(f"this key lacks the right {right}", field="rights", limit=right)
 
-    async def call(self, method: Callable[..., Any], **fields: Any) -> Any:
+    async def _words(self, message: Tokenize | Detokenize) -> Worded:
+        """Have a message about words answered."""
+        try:
+            return await self._house.frontend.words.ask(message, self.features, self.access.tenant)
+        except Late:
+            what = f"the processes that encode were busy for {WAIT_S:g} s"
+            raise Overloaded(what, field="encoders", retry_after_s=RETRY_AFTER_S) from None
+
+    async def _ask(self, message: ClientMessage) -> Any:
         """Ask what has one answer, and wait for it."""
         self._connect()
         stream = self._new_stream()
         answer = self._calls[stream] = self.loop.create_future()
         try:
-            self._house.methods.dispatch(self, method(stream=stream, **fields))
+            self._house.methods.dispatch(self, msgspec.structs.replace(message, stream=stream))
             return await answer
         finally:
             self._calls.pop(stream, None)

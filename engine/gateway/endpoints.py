@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.pool import Pool
 from cierzo.engine.gateway import answers
 from cierzo.engine.gateway.answers import Head, Told
-from cierzo.engine.gateway.asked import Asked, Rules, read_chat, read_completions
+from cierzo.engine.gateway.asked import Asked, Rules, in_body, read_chat, read_completions
 from cierzo.engine.gateway.backend import Backend
 from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.config import HttpConfig
@@ -21,9 +24,10 @@ from cierzo.engine.gateway.token_words import TokenWords, chat_entry, tokens_of
 from cierzo.engine.messages import Delta, Final, ModelInfo
 
 MODEL_S = 10.0  # for which a description of the model is taken to be true
-WHOLE_TOKENS = 4096  # an answer of more is gathered as it is made: the engine keeps none of it back
+WHOLE_TOKENS = 256 * 1024  # an answer of more is gathered as it is made
 RETRY_AFTER_S = 1.0
 ANYBODY = "default"
+TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class House:
@@ -33,6 +37,7 @@ class House:
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
         self.began_s = int(time.time())
+        self.max_model_len = 0
         self.joined = Pool("max_joined_bytes", config.max_joined_bytes)
         self._rules: Rules | None = None
         self._until_s = 0.0
@@ -45,8 +50,15 @@ class House:
             model = await backend.model_info()
             if self._rules is None or self._rules.model != model:
                 self._rules, self._words = self._made(model), {}
+                self.max_model_len = model.max_model_len
             self._until_s = now + MODEL_S
         return self._rules
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model: the first is the one that is told."""
+        assert self._rules is not None
+        return tuple(dict.fromkeys((*self._rules.names, self._rules.model.name)))
 
     def words(self, by_id: bool) -> TokenWords:
         """The words of the model's tokens."""
@@ -56,7 +68,7 @@ class House:
         config = self.config
         return Rules(
             model=model,
-            names=tuple(dict.fromkeys((*config.served_model_name, model.name))),
+            names=config.served_model_name,
             lenient=config.lenient,
             max_depth=config.max_body_depth,
             max_prompts=config.max_prompts,
@@ -92,27 +104,42 @@ async def _answer(house: House, call: Call, kind: Kind, asked: Sequence[Asked]) 
     if first.passed_over:
         call.headers.append((b"x-passed-over", ", ".join(first.passed_over).encode("ascii", "backslashreplace")))
     head = answers.head(kind.chunk if first.stream else kind.whole, kind.name, call.request_id, first.model)
-    generations = [call.engine.generate(**_arguments(call, each)) for each in asked]
-    words = house.words(first.return_tokens_as_token_ids)
+    words = house.words(first.as_token_ids)
+    prompts = [await _prompt_text(call.engine, each) for each in asked]
+    generations = [_asked_of(house, call, each) for each in asked]
     if first.stream:
-        runs = _runs(house, kind, head, asked, generations, words)
+        runs = _runs(house, kind, head, asked, prompts, generations, words)
         await stream(call, runs, _usage(head, first, runs), house.config.comment_s)
         return
-    async with heard(call, generations):
-        joining = [Joining(house, call, kind, each, words) for each in asked]
-        try:
-            told = await _all(
-                *(each.join(generation) for each, generation in zip(joining, generations, strict=True))
-            )
-            choices, finals, thoughts = [], [], 0
-            for each, final in zip(joining, told, strict=True):
+    joining = [Joining(house, call, kind, *each, words) for each in zip(asked, prompts, strict=True)]
+    try:
+        async with heard(call, generations):
+            pairs = zip(joining, generations, strict=True)
+            finals = await _all(*(each.join(generation) for each, generation in pairs))
+            choices: list[bytes] = []
+            for each, final in zip(joining, finals, strict=True):
                 choices += each.choices(len(choices), final)
-                finals.append(final)
-                thoughts += each.thought_tokens
+            thoughts = sum(each.thought_tokens for each in joining)
             await call.reply(answers.whole(head, choices, answers.usage_of(finals, thoughts)))
-        finally:
-            for each in joining:
-                each.close()
+    finally:
+        for each in joining:
+            each.close()
+
+
+def _asked_of(house: House, call: Call, asked: Asked) -> Generation:
+    """Ask the engine. Raises what it refuses at once, in the words of the body."""
+    try:
+        return call.engine.generate(**_arguments(house, call, asked))
+    except CierzoError as error:
+        raise in_body(error, asked) from error
+
+
+async def _prompt_text(backend: Backend, asked: Asked) -> str:
+    """The prompt, where it comes before the answer."""
+    if not asked.echo:
+        return ""
+    text = asked.arguments.get("text")
+    return text if text is not None else await backend.detokenize(asked.arguments["token_ids"])
 
 
 async def _all(*asked: Any) -> list[Any]:
@@ -124,23 +151,27 @@ async def _all(*asked: Any) -> list[Any]:
     return [task.result() for task in tasks]
 
 
-def _arguments(call: Call, asked: Asked) -> dict[str, Any]:
+def _arguments(house: House, call: Call, asked: Asked) -> dict[str, Any]:
     """The arguments of `generate`, with the names under which the request is known."""
     named = asked.arguments | {"caller_id": call.request_id}
-    if traceparent := call.field(b"traceparent"):
+    if TRACEPARENT.fullmatch(traceparent := call.field(b"traceparent")):
         named["traceparent"] = traceparent
-    if not asked.stream and asked.logprobs is None and _most_tokens(asked) <= WHOLE_TOKENS:
-        named["deltas"] = False
+    if asked.logprobs is not None or asked.prompt_logprobs is not None or _most_tokens(house, asked) > WHOLE_TOKENS:
+        named["deltas"] = True
     return named
 
 
-def _most_tokens(asked: Asked) -> int:
-    most = asked.arguments.get("max_tokens", WHOLE_TOKENS + 1) * asked.arguments.get("n", 1)
-    return most if isinstance(most, int) else WHOLE_TOKENS + 1
+def _most_tokens(house: House, asked: Asked) -> int:
+    """Output tokens that an answer may have, as far as its numbers are some."""
+    most, n = asked.arguments.get("max_tokens"), asked.arguments.get("n", 1)
+    if type(most) is not int or type(n) is not int:
+        return 0  # it will be refused
+    return min(most, house.max_model_len) * n
 
 
 def _num_samples(asked: Asked) -> int:
-    return int(asked.arguments.get("n", 1))
+    n = asked.arguments.get("n", 1)
+    return n if type(n) is int and n > 0 else 1
 
 
 def _runs(
@@ -148,11 +179,12 @@ def _runs(
     kind: Kind,
     head: Head,
     asked: Sequence[Asked],
+    prompts: Sequence[str],
     generations: Sequence[Generation],
     words: TokenWords,
 ) -> list[Run]:
     runs, first_index = [], 0
-    for each, generation in zip(asked, generations, strict=True):
+    for each, prompt, generation in zip(asked, prompts, generations, strict=True):
         told = Told(
             head=head,
             words=words,
@@ -162,9 +194,14 @@ def _runs(
             logprobs=each.logprobs is not None,
             has_usage=each.include_usage,
             continuous=each.continuous_usage,
+            prompt_text=prompt,
+            drops_output=each.drops_output,
         )
         first_index += told.num_samples
-        runs.append(Run(generation, kind.events(told), words if told.logprobs else None))
+        needs_words = told.logprobs or each.prompt_logprobs is not None
+        runs.append(
+            Run(generation, kind.events(told), partial(in_body, asked=each), words if needs_words else None)
+        )
     return runs
 
 
@@ -183,8 +220,9 @@ def _usage(head: Head, asked: Asked, runs: Sequence[Run]) -> Callable[[list[Fina
 class Joining:
     """An answer to one prompt, put together as it is made. Its bytes are counted until it is closed."""
 
-    def __init__(self, house: House, call: Call, kind: Kind, asked: Asked, words: TokenWords) -> None:
+    def __init__(self, house: House, call: Call, kind: Kind, asked: Asked, prompt: str, words: TokenWords) -> None:
         self.thought_tokens = 0
+        self._prompt = prompt
         self._house = house
         self._call = call
         self._kind = kind
@@ -199,12 +237,15 @@ class Joining:
     async def join(self, generation: Generation) -> Final:
         """Wait for the whole answer. Raises the CierzoError that ended it."""
         self._generation = generation
-        while deltas := await generation.next_batch():
-            for delta in deltas:
-                if delta.logprobs:
-                    await self._words.learn(self._call.engine, tokens_of(delta.logprobs))
-                self._add(delta)
-        final = generation.final
+        try:
+            while deltas := await generation.next_batch():
+                for delta in deltas:
+                    if delta.logprobs:
+                        await self._words.learn(self._call.engine, tokens_of(delta.logprobs))
+                    self._add(delta)
+            final = generation.final
+        except CierzoError as error:
+            raise in_body(error, self._asked) from error
         for end in final.samples:
             if (error := unplanned(end)) is not None:
                 raise error
@@ -223,6 +264,12 @@ class Joining:
             before = legacy.num_bytes
             legacy.add(delta.logprobs)
             num_bytes += legacy.num_bytes - before
+        most = self._house.config.max_answer_bytes
+        if self._num_bytes + num_bytes > most:
+            what = (
+                f"the answer is longer than max_answer_bytes, {most}: ask for a stream, or for fewer alternatives"
+            )
+            raise InvalidRequest(what, field="max_answer_bytes", limit=most, value=self._num_bytes + num_bytes)
         self._house.joined.require(ANYBODY, num_bytes, RETRY_AFTER_S)
         self._house.joined.add(ANYBODY, num_bytes)
         self._num_bytes += num_bytes
@@ -240,7 +287,8 @@ class Joining:
             else:
                 has_some = self._asked.logprobs is not None
                 logprobs = self._legacy[end.sample].encoded() if has_some else b""
-                told.append(answers.completion_choice(index, answers.text_of(answer.parts), end, logprobs))
+                text = self._prompt + ("" if self._asked.drops_output else answers.text_of(answer.parts))
+                told.append(answers.completion_choice(index, text, end, logprobs))
         return told
 
     def close(self) -> None:

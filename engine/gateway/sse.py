@@ -13,7 +13,7 @@ from cierzo.engine.gateway.answers import DONE, Events, event
 from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.errors import Headers, encoded
 from cierzo.engine.gateway.token_words import TokenWords, tokens_of
-from cierzo.engine.messages import Delta, Final
+from cierzo.engine.messages import Accepted, Delta, Final
 
 KIND = b"text/event-stream; charset=utf-8"
 HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
@@ -22,10 +22,12 @@ WRITE_BYTES = 32 * 1024  # of events, written at a time
 
 
 class Run(NamedTuple):
-    """An answer under way, and how its events are told. words: of its log-probabilities, if it has any."""
+    """An answer under way, and how its events are told. in_body: the error as it is told to who wrote the body.
+    words: of its log-probabilities, if it has any."""
 
     generation: Generation
     events: Events
+    in_body: Callable[[CierzoError], CierzoError]
     words: TokenWords | None = None
 
 
@@ -55,7 +57,7 @@ async def stream(
     the last. comment_s: seconds of silence after which there is a comment; 0: none.
     """
     async with heard(call, [run.generation for run in runs]):
-        accepted = [await run.generation.accepted() for run in runs]
+        accepted = [await _accepted(run) for run in runs]
         await call.begin(200, KIND, HEADERS)
         for run, each in zip(runs, accepted, strict=True):
             if events := run.events.begin(each.prompt_tokens):
@@ -68,6 +70,14 @@ async def stream(
             await call.end(last(finals) + DONE)
         except CierzoError as error:
             await call.end(event(encoded(error)))
+
+
+async def _accepted(run: Run) -> Accepted:
+    """Wait until an answer is certain to come. Raises the refusal."""
+    try:
+        return await run.generation.accepted()
+    except CierzoError as error:
+        raise run.in_body(error) from error
 
 
 async def _all_told(call: Call, runs: Sequence[Run], comment_s: float) -> list[Final]:
@@ -83,8 +93,17 @@ async def _all_told(call: Call, runs: Sequence[Run], comment_s: float) -> list[F
 
 async def _told(call: Call, run: Run, comment_s: float) -> Final:
     """Tell an answer to its end. Raises the CierzoError that its end is."""
+    try:
+        await _tell(call, run, comment_s or None)
+        await call.write(run.events.end(run.generation.final))
+        return run.generation.final
+    except CierzoError as error:
+        raise run.in_body(error) from error
+
+
+async def _tell(call: Call, run: Run, timeout_s: float | None) -> None:
+    """Tell what comes until nothing more does."""
     generation, events = run.generation, run.events
-    timeout_s = comment_s or None
     while True:
         try:
             deltas = await generation.next_batch(timeout_s)
@@ -92,7 +111,7 @@ async def _told(call: Call, run: Run, comment_s: float) -> Final:
             await call.write(COMMENT)
             continue
         if not deltas:
-            break
+            return
         if run.words is not None:
             for delta in deltas:
                 await run.words.learn(call.engine, tokens_of(delta.logprobs or ()))
@@ -101,9 +120,6 @@ async def _told(call: Call, run: Run, comment_s: float) -> Final:
                 await call.write(told)
         else:
             await _write(call, events, deltas)
-    final = generation.final
-    await call.write(events.end(final))
-    return final
 
 
 async def _write(call: Call, events: Events, deltas: Sequence[Delta]) -> None:

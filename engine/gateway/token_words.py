@@ -31,8 +31,8 @@ class TokenWords:
 
     async def learn(self, backend: Backend, token_ids: Iterable[int]) -> None:
         """Ask for the bytes of tokens that are not known yet."""
-        if unknown := {token_id for token_id in token_ids if token_id not in self._bytes}:
-            self._bytes.update(await backend.token_bytes(unknown))
+        if unknown := [*{token_id for token_id in token_ids if token_id not in self._bytes}]:
+            self._bytes.update(zip(unknown, await backend.token_bytes(unknown), strict=True))
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token."""
