@@ -20,6 +20,7 @@ from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.endpoints import House
 from cierzo.engine.gateway.errors import NoSuchPath, WrongMethod
 from cierzo.engine.gateway.guard import App, Guard
+from cierzo.engine.messages import ModelInfo
 
 Handler = Callable[[House, Call], Awaitable[None]]
 METRICS_KIND = b"text/plain; version=0.0.4; charset=utf-8"
@@ -39,23 +40,36 @@ class Row(NamedTuple):
 
 async def models(house: House, call: Call) -> None:
     """Answer GET /v1/models."""
-    await house.rules(call.engine)
-    data = [_model(house, name) for name in house.names]
+    found = (await house.rules(call.engine)).model
+    data = [_model(house, name, found) for name in house.names]
     await call.reply(msgspec.json.encode({"object": "list", "data": data}))
 
 
 async def model(house: House, call: Call) -> None:
     """Answer GET /v1/models/NAME."""
-    await house.rules(call.engine)
-    name = call.scope["path_params"]["name"]
+    found, name = (await house.rules(call.engine)).model, call.scope["path_params"]["name"]
     if name not in house.names:
-        raise NotFound(f"there is no model {name[:100]!r}", field="model", limit=", ".join(house.names), value=name)
-    await call.reply(msgspec.json.encode(_model(house, name)))
+        limit = ", ".join(house.names)
+        raise NotFound(f"there is no model {name[:100]!r}; served: {limit}", field="model", limit=limit, value=name)
+    await call.reply(msgspec.json.encode(_model(house, name, found)))
 
 
-def _model(house: House, name: str) -> dict[str, Any]:
-    told = {"id": name, "object": "model", "created": house.began_s, "owned_by": "cierzo"}
-    return told | {"max_model_len": house.max_model_len}
+def _model(house: House, name: str, found: ModelInfo) -> dict[str, Any]:
+    """A model as OpenAI's clients expect it, those of vLLM, and Mistral's."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": house.began_s,
+        "owned_by": "cierzo",
+        "max_model_len": found.max_model_len,
+        "max_context_length": found.max_model_len,
+        "type": "base",
+        "capabilities": {
+            "completion_chat": found.has_chat_template,
+            "function_calling": found.marks_calls,
+            "reasoning": found.marks_thinking,
+        },
+    }
 
 
 async def version(house: House, call: Call) -> None:

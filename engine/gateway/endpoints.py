@@ -7,9 +7,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
+from cierzo.engine.frontend.client_options import TokenizeArguments
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.pool import Pool
 from cierzo.engine.gateway import answers
@@ -108,7 +109,7 @@ async def _answer(house: House, call: Call, kind: Kind, asked: Sequence[Asked]) 
     prompts = [await _prompt_text(call.engine, each) for each in asked]
     generations = [_asked_of(house, call, each) for each in asked]
     if first.stream:
-        runs = _runs(house, kind, head, asked, prompts, generations, words)
+        runs = _runs(house, call, kind, head, asked, prompts, generations, words)
         await stream(call, runs, _usage(head, first, runs), house.config.comment_s)
         return
     joining = [Joining(house, call, kind, *each, words) for each in zip(asked, prompts, strict=True)]
@@ -176,6 +177,7 @@ def _num_samples(asked: Asked) -> int:
 
 def _runs(
     house: House,
+    call: Call,
     kind: Kind,
     head: Head,
     asked: Sequence[Asked],
@@ -199,10 +201,22 @@ def _runs(
         )
         first_index += told.num_samples
         needs_words = told.logprobs or each.prompt_logprobs is not None
-        runs.append(
-            Run(generation, kind.events(told), partial(in_body, asked=each), words if needs_words else None)
-        )
+        count = partial(_count, call.engine, each) if told.continuous else None
+        events, place = kind.events(told), partial(in_body, asked=each)
+        runs.append(Run(generation, events, place, count, words if needs_words else None))
     return runs
+
+
+async def _count(backend: Backend, asked: Asked) -> int:
+    """Count the tokens of a prompt."""
+    given = asked.arguments
+    if "token_ids" in given:
+        return len(given["token_ids"])
+    if "suffix" in given:
+        what = "the usage so far of a text with a suffix is not told by a gateway of its own"
+        raise InvalidRequest(what, field="stream_options.continuous_usage_stats", limit="left out")
+    names = ("text", "messages", "tools", "reasoning_effort")
+    return len(await backend.tokenize(**cast(TokenizeArguments, {n: given[n] for n in names if n in given})))
 
 
 def _usage(head: Head, asked: Asked, runs: Sequence[Run]) -> Callable[[list[Final]], bytes]:

@@ -188,17 +188,18 @@ class HttpServer:
         else:
             self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
 
-    async def close(self) -> None:
-        """Stop listening, let answers that have ended be taken, and drop what is left after `LINGER_S`."""
-        if self._server is None:
+    async def close(self, linger_s: float = LINGER_S) -> None:
+        """Stop listening, wait for what is open, at most `linger_s`, and drop what is left."""
+        server, self._server = self._server, None
+        if server is None:
             return
-        self._server.close()
+        server.close()
         for layer in list(self._shaking):
             layer.abort()
         for connection in list(self.state.connections):
             connection.shutdown()
         try:
-            async with asyncio.timeout(LINGER_S):
+            async with asyncio.timeout(linger_s):
                 while self.state.connections:
                     self._empty.clear()
                     await self._empty.wait()
@@ -209,7 +210,7 @@ class HttpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._server.wait_closed()
+        await server.wait_closed()
         if self._socket_path is not None and os.path.exists(self._socket_path):
             os.unlink(self._socket_path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from cierzo.engine.gateway.answers import DONE, Events, event
 from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.errors import Headers, encoded
 from cierzo.engine.gateway.token_words import TokenWords, tokens_of
-from cierzo.engine.messages import Accepted, Delta, Final
+from cierzo.engine.messages import Delta, Final
 
 KIND = b"text/event-stream; charset=utf-8"
 HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
@@ -23,11 +23,13 @@ WRITE_BYTES = 32 * 1024  # of events, written at a time
 
 class Run(NamedTuple):
     """An answer under way, and how its events are told. in_body: the error as it is told to who wrote the body.
+    count: counts the tokens of the prompt, if they are to be told as it goes; an engine elsewhere does not say.
     words: of its log-probabilities, if it has any."""
 
     generation: Generation
     events: Events
     in_body: Callable[[CierzoError], CierzoError]
+    count: Callable[[], Awaitable[int]] | None = None
     words: TokenWords | None = None
 
 
@@ -57,10 +59,10 @@ async def stream(
     the last. comment_s: seconds of silence after which there is a comment; 0: none.
     """
     async with heard(call, [run.generation for run in runs]):
-        accepted = [await _accepted(run) for run in runs]
+        counts = [await _accepted(run) for run in runs]
         await call.begin(200, KIND, HEADERS)
-        for run, each in zip(runs, accepted, strict=True):
-            if events := run.events.begin(each.prompt_tokens):
+        for run, prompt_tokens in zip(runs, counts, strict=True):
+            if events := run.events.begin(prompt_tokens):
                 await call.write(events)
         try:
             if len(runs) == 1:
@@ -72,10 +74,12 @@ async def stream(
             await call.end(event(encoded(error)))
 
 
-async def _accepted(run: Run) -> Accepted:
-    """Wait until an answer is certain to come. Raises the refusal."""
+async def _accepted(run: Run) -> int:
+    """Wait until an answer is certain to come: the number of its prompt's tokens, 0 if nobody needs it. Raises the
+    refusal."""
     try:
-        return await run.generation.accepted()
+        accepted = await run.generation.accepted()
+        return accepted.prompt_tokens or (0 if run.count is None else await run.count())
     except CierzoError as error:
         raise run.in_body(error) from error
 
