@@ -41,7 +41,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     )
     max_body_depth: Annotated[int, Meta(ge=4, le=512, description="levels of nesting in such a body")] = 64
     max_prompts: Annotated[int, Meta(ge=1, description="prompts in one request for completions")] = 128
-    max_answer_bytes: Annotated[int, Meta(ge=1, description="bytes of an HTTP answer that is no stream")] = (
+    max_whole_bytes: Annotated[int, Meta(ge=1, description="bytes of an HTTP answer that is no stream")] = (
         64 * 1024 * 1024
     )
     max_joined_bytes: Annotated[

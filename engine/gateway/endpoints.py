@@ -268,12 +268,12 @@ class Joining:
             before = legacy.num_bytes
             legacy.add(delta.logprobs)
             num_bytes += legacy.num_bytes - before
-        most = self._house.config.max_answer_bytes
+        most = self._house.config.max_whole_bytes
         if self._num_bytes + num_bytes > most:
             what = (
-                f"the answer is longer than max_answer_bytes, {most}: ask for a stream, or for fewer alternatives"
+                f"the answer is longer than max_whole_bytes, {most}: ask for a stream, or for fewer alternatives"
             )
-            raise InvalidRequest(what, field="max_answer_bytes", limit=most, value=self._num_bytes + num_bytes)
+            raise InvalidRequest(what, field="max_whole_bytes", limit=most, value=self._num_bytes + num_bytes)
         self._house.joined.require(ANYBODY, num_bytes, RETRY_AFTER_S)
         self._house.joined.add(ANYBODY, num_bytes)
         self._num_bytes += num_bytes
