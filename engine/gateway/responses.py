@@ -157,8 +157,8 @@ class ResponseEvents:
     def _end(self, final: Final) -> Iterator[Event]:
         sample = final.samples[0]
         if sample.token_ids or sample.text:
-            told = {"token_ids": sample.token_ids, "text": sample.text, "parts": sample.parts}
-            yield from self._take(Delta(stream=0, logprobs=sample.logprobs, **told))
+            whole = Delta(stream=0, token_ids=sample.token_ids, text=sample.text, parts=sample.parts)
+            yield from self._take(msgspec.structs.replace(whole, logprobs=sample.logprobs))
         is_good = sample.finish_reason in ("stop", "tool_calls")
         yield from self._close(is_cut=not is_good)
         response, usage = self.response, final.usage
