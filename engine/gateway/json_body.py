@@ -1,7 +1,7 @@
 """The JSON of a request's body, read strictly: what one reader takes for this and another for that is refused.
 
-RFC 8259 leaves open what equal keys, numbers beyond a double and halves of surrogate pairs mean. Here they are errors,
-as are NaN, Infinity, a byte order mark, and nesting beyond a stated depth. Each error names the place.
+RFC 8259 leaves open what equal keys, numbers beyond a double and halves of surrogate pairs mean. Here they are
+errors, as are NaN, Infinity, a byte order mark, and nesting beyond a stated depth. Each error names the place.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def place_of(path: list[str | int]) -> str:
         elif _NAME.fullmatch(step):
             place += f".{step}"
         else:
-            place += f"[{ascii(shown(step))}]"
+            place += f"[{shown(step)!a}]"
     return place.removeprefix(".") or PLACE
 
 

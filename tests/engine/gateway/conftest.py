@@ -1,0 +1,55 @@
+"""A served model that bodies are read for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.arguments import generate_message
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.validate import fields as validate
+from cierzo.engine.gateway.asked import Asked, Rules, in_body
+from cierzo.engine.messages import ModelInfo
+
+
+@pytest.fixture(scope="session")
+def rules() -> Rules:
+    model = ModelInfo(
+        stream=0,
+        name="small4",
+        architecture="mla-moe",
+        dtype="bfloat16",
+        device="fake",
+        vocab_size=1000,
+        max_model_len=4096,
+        block_tokens=16,
+        num_blocks=256,
+        eos_token_ids=[2],
+        has_tokenizer=True,
+        has_chat_template=True,
+        reasoning_efforts=["none", "high"],
+        marks_thinking=True,
+        marks_calls=True,
+    )
+    return Rules(model=model, names=("mistral-small-latest",))
+
+
+@pytest.fixture
+def refusal(rules: Rules) -> Callable[..., InvalidRequest]:
+    """The error that a body gets, wherever it is found out: when it is read, made a message, or validated."""
+
+    def find(read: Callable[..., Asked], **body: object) -> InvalidRequest:
+        try:
+            asked = read(rules, **body)
+        except InvalidRequest as error:
+            return error
+        try:
+            message = generate_message(**asked.arguments)
+            validate(message, FrontendConfig(), rules.model, efforts=rules.model.reasoning_efforts)
+        except InvalidRequest as error:
+            return in_body(error, asked)
+        raise AssertionError(f"nothing was refused: {asked.arguments}")
+
+    return find

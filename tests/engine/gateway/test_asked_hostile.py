@@ -1,0 +1,95 @@
+"""Bodies of any shape: each is served or refused with a place, and what is served can be sent to an engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound
+from cierzo.engine.frontend.arguments import generate_message
+from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.frontend.frames import pack
+from cierzo.engine.frontend.validate import fields as validate
+from cierzo.engine.gateway import field_rows as rows
+from cierzo.engine.gateway.asked import in_body, read_chat, read_completions, read_fim, read_responses
+
+READERS = {
+    "chat": (read_chat, rows.CHAT),
+    "completions": (read_completions, rows.COMPLETIONS),
+    "fim": (read_fim, rows.FIM),
+    "responses": (read_responses, rows.RESPONSES),
+}
+SOUND = {
+    "chat": {"messages": [{"role": "user", "content": "Hi"}]},
+    "completions": {"prompt": "Hi"},
+    "fim": {"prompt": "Hi"},
+    "responses": {"input": "Hi"},
+}
+NAMES = sorted({name for table in vars(rows).values() if isinstance(table, dict) for name in table})
+WORDS = sorted({*rows.PARTS, *rows.ITEMS, *rows.RESPONSE_PARTS, "user", "assistant", "tool", "system", "auto", "a"})
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 16, 2**63, -(2**70), 0.5, 1e308, ""]),
+    st.sampled_from(WORDS),
+    st.text(max_size=4),
+)
+# Objects with the names and words of the tables, within each other in any way.
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=25,
+)
+
+
+@st.composite
+def bodies(draw, endpoint):
+    """A sound body with some fields put to anything, or nothing but those."""
+    table = READERS[endpoint][1]
+    sound = SOUND[endpoint] if draw(st.booleans()) else {}
+    return sound | draw(st.dictionaries(st.sampled_from(sorted(table)), VALUES, max_size=4))
+
+
+@pytest.mark.parametrize("endpoint", READERS)
+@given(data=st.data())
+@settings(max_examples=300)
+def test_a_body_is_served_or_refused(endpoint, data, rules):
+    body = data.draw(bodies(endpoint))
+    read = READERS[endpoint][0]
+    try:
+        found = read(json.dumps(body).encode(), rules)
+    except (InvalidRequest, NotFound) as error:
+        _can_be_told(error)
+        return
+    for asked in found if isinstance(found, list) else [found]:
+        try:
+            message = generate_message(**asked.arguments)
+            validate(message, FrontendConfig(), rules.model, efforts=rules.model.reasoning_efforts)
+        except InvalidRequest as error:
+            _can_be_told(in_body(error, asked))
+        else:
+            assert pack([message])
+
+
+@pytest.mark.parametrize("endpoint", READERS)
+@given(text=st.recursive(st.sampled_from(['"a"', "1", '"\\ud800"']), lambda one: one.map(lambda it: f"[{it}]")))
+@settings(max_examples=50)
+def test_texts_that_no_frame_could_hold(endpoint, text, rules):
+    """Half a surrogate pair, wherever it is: in a field that is served, passed over, or unknown."""
+    for name in [*SOUND[endpoint], "user", "metadata", "unknown"]:
+        body = json.dumps(SOUND[endpoint] | {"\0": 0}).replace('"\\u0000": 0', f'"{name}": {text}')
+        with pytest.raises(InvalidRequest) as caught:
+            READERS[endpoint][0](f'{{"model": "\\ud800", {body[1:]}'.encode(), rules)
+        _can_be_told(caught.value)
+
+
+def _can_be_told(error: CierzoError) -> None:
+    assert error.field
+    assert "sampling." not in error.field
+    assert error.limit is not None
+    assert len(error.message) < 2000
+    for text in (error.message, error.field, error.limit, error.value or ""):
+        text.encode()
