@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import shown
+from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, shown
 from cierzo.engine.text.unicode import refuse_surrogates
 
 PLACE = "body"  # the field of an error about all of it
@@ -111,7 +111,7 @@ def place_of(path: list[str | int]) -> str:
     for step in path:
         if isinstance(step, int):
             place += f"[{step}]"
-        elif _NAME.fullmatch(step):
+        elif len(step) <= MAX_SHOWN_CHARS and _NAME.fullmatch(step):
             place += f".{step}"
         else:
             place += f"[{shown(step)!a}]"

@@ -1,4 +1,4 @@
-"""What the bodies of all endpoints have in common, between the JSON and what is asked of the engine."""
+"""Rules, results and steps that reading a body has in common for all endpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _in_a_function = re.compile(
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What a body is held against.
+    """Limits and names that a body is held against.
 
     names: of the served model, beside `model.name`. lenient: unknown fields are passed over, and named.
     """
@@ -37,7 +37,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a body asks of the engine, and of the answer.
+    """A request: what its body asks of the engine, and of the answer.
 
     arguments: keywords of `Client.generate`; `deltas` among them follows `stream`. model: its name, as the body has
     it. given: what the body says and is served, by its own names, for answers that repeat it.

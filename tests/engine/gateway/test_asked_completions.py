@@ -156,7 +156,7 @@ def test_a_body_of_mistral_s_fim(rules):
 
 
 def test_what_is_no_fim(rules):
-    wrong = [({}, "prompt is missing"), ({"prompt": ["a"]}, "must be a text"), ({"input": 1}, "unknown")]
+    wrong = [({}, "prompt is missing"), ({"prompt": ["a"]}, "must be a text"), ({"logprobs": 1}, "unknown")]
     for body, words in wrong:
         with pytest.raises(InvalidRequest, match=words):
             fim(rules, **body)

@@ -167,6 +167,7 @@ def test_the_harmless_is_passed_over(rules):
         ({"include": ["all"]}, "include[0]", "'all', allowed: message.output_text.logprobs"),
         ({"include": "all"}, "include", "must be a list"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format", "grammar or schema"),
+        ({"n": 2}, "n", "one answer"),
         ({"store": True}, "store", "stores no answers"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "stores no answers"),
         ({"background": True}, "background", "stores no answers"),

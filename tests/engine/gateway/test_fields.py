@@ -88,7 +88,7 @@ WALKED = [
         "fim",
         rows.FIM,
         names(mistral.FIMCompletionRequest, mistral.FIMCompletionStreamRequest),
-        VLLM | OURS | {"stream_options"},
+        OURS | {"stream_options"},
     ),
     ("responses", rows.RESPONSES, names(*get_args(response_create_params.ResponseCreateParams)), OURS),
     (

@@ -55,6 +55,7 @@ VALUES = st.recursive(
         (rb'{"a": {"\ud800": 1}}', "a name in a", "lone surrogate"),
         (b'{"a": %s%s}' % (b"[" * 8, b"]" * 8), "a" + "[0]" * 7, "nested too deeply, allowed: 8 levels"),
         (b'{"a": %s1%s}' % (b'{"b": ' * 8, b"}" * 8), "a" + ".b" * 7, "nested too deeply"),
+        (b'{"%s": NaN}' % (b"x" * 10_000), f"['{'x' * 50}...']", "finite"),
         (b"[" * 100_000, "body", "nested too deeply"),
         (b'{"a": ' * 100_000, "body", "nested too deeply"),
     ],
