@@ -44,8 +44,6 @@ TEST = [
     "psutil>=6",
     "trustme>=1.2",
     "pyyaml>=6",
-    "openai>=3.57,<4",  # its types, and Mistral's, say which fields a body may have
-    "mistralai>=3.7,<4",
     "basedpyright>=1.31",  # types as users of the client see them
     "triton>=3.6",  # kernels are interpreted and compiled without a GPU; torch for CUDA asks for one version of it
     "nvidia-cuda-nvrtc==13.0.*",  # compiles CUDA C++ without a GPU

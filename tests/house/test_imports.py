@@ -122,8 +122,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "scheduler.plan",
     ),
     "engine.gateway": (
-        *("engine.gateway", "engine.frontend", "engine.text", "engine.messages", "engine.settings"),
-        *("engine.errors", "engine.conversation"),
+        *("engine.gateway", "engine.frontend", "engine.text", "engine.messages", "engine.conversation"),
+        *("engine.settings", "engine.errors"),
     ),
     "engine.testing": (
         *("engine.testing", "engine.frontend", "engine.text", "engine.messages", "engine.errors"),

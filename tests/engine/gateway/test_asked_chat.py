@@ -7,6 +7,7 @@ import json
 import mistralai.client.models as mistral
 import msgspec
 import pytest
+from gateway_rules import RULES, refusal
 from openai.types.chat import ChatCompletionMessage
 
 from cierzo.engine.errors import InvalidRequest, NotFound
@@ -18,6 +19,11 @@ HI = [{"role": "user", "content": "Hi"}]
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"}
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.fixture
+def rules():
+    return RULES
 
 
 def read(rules, **body):
@@ -229,7 +235,7 @@ def test_a_lenient_server_passes_over_the_unknown_and_names_it(rules):
         ({"add_generation_prompt": False}, "add_generation_prompt", "opposite of continue_final_message"),
     ],
 )  # fmt: skip
-def test_what_is_refused(refusal, body, field, words):
+def test_what_is_refused(body, field, words):
     error = refusal(read, **body)
     assert error.field == field
     assert words in error.message
@@ -322,7 +328,7 @@ def test_tools(rules):
     assert message(rules, tools=tools).tools == [Tool(**FUNCTION), Tool(name="g")]
 
 
-def test_the_last_turn_is_gone_on_with(rules, refusal):
+def test_the_last_turn_is_gone_on_with(rules):
     turns = [*HI, {"role": "assistant", "content": "So"}]
     asked = message(rules, messages=turns, continue_final_message=True, add_generation_prompt=False)
     assert asked.messages[-1] == ChatMessage(role="assistant", content="So", prefix=True)

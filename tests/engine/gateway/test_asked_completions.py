@@ -7,10 +7,16 @@ import json
 import mistralai.client.models as mistral
 import msgspec
 import pytest
+from gateway_rules import RULES
 
 from cierzo.engine.errors import InvalidRequest, NotFound
 from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.gateway.asked import in_body, read_completions, read_fim
+
+
+@pytest.fixture
+def rules():
+    return RULES
 
 
 def read(rules, prompt="Hi", **body):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from gateway_rules import RULES, engine_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound
-from cierzo.engine.frontend.arguments import generate_message
-from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import pack
-from cierzo.engine.frontend.validate import fields as validate
 from cierzo.engine.gateway import field_rows as rows
 from cierzo.engine.gateway.asked import in_body, read_chat, read_completions, read_fim, read_responses
 
@@ -56,18 +54,17 @@ def bodies(draw, endpoint):
 @pytest.mark.parametrize("endpoint", READERS)
 @given(data=st.data())
 @settings(max_examples=300)
-def test_a_body_is_served_or_refused(endpoint, data, rules):
+def test_a_body_is_served_or_refused(endpoint, data):
     body = data.draw(bodies(endpoint))
     read = READERS[endpoint][0]
     try:
-        found = read(json.dumps(body).encode(), rules)
+        found = read(json.dumps(body).encode(), RULES)
     except (InvalidRequest, NotFound) as error:
         _can_be_told(error)
         return
     for asked in found if isinstance(found, list) else [found]:
         try:
-            message = generate_message(**asked.arguments)
-            validate(message, FrontendConfig(), rules.model, efforts=rules.model.reasoning_efforts)
+            message = engine_checks(asked)
         except InvalidRequest as error:
             _can_be_told(in_body(error, asked))
         else:
@@ -78,11 +75,11 @@ def test_a_body_is_served_or_refused(endpoint, data, rules):
 @pytest.mark.parametrize("name", ["model", "user", "metadata", "unknown", "stop"])
 @given(wrap=st.recursive(st.just("x\ud800"), lambda inner: inner.map(lambda one: [{"a": one}])))
 @settings(max_examples=20)
-def test_half_a_surrogate_pair_is_refused_wherever_it_is(endpoint, name, wrap, rules):
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(endpoint, name, wrap):
     """In a field that is served, passed over, or unknown; no frame, log or header can hold it."""
     body = json.dumps(SOUND[endpoint] | {name: wrap}).encode()
     with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
-        READERS[endpoint][0](body, rules)
+        READERS[endpoint][0](body, RULES)
     assert caught.value.field.startswith(name)
     _can_be_told(caught.value)
 

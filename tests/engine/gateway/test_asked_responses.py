@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from gateway_rules import RULES, refusal
 from openai.types.responses import Response
 
 from cierzo.engine.errors import InvalidRequest
@@ -24,6 +25,11 @@ SAID = {
 CALL = {"type": "function_call", "id": "c", "call_id": "abcdefghi", "name": "f", "arguments": "{}"}
 RESULT = {"type": "function_call_output", "call_id": "abcdefghi", "output": "3"}
 TOOL = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": None}
+
+
+@pytest.fixture
+def rules():
+    return RULES
 
 
 def read(rules, given="Hi", **body):
@@ -181,7 +187,7 @@ def test_the_harmless_is_passed_over(rules):
         ({"messages": []}, "messages", "unknown field messages"),
     ],
 )  # fmt: skip
-def test_what_is_refused(refusal, body, field, words):
+def test_what_is_refused(body, field, words):
     error = refusal(read, **body)
     assert (error.field, words in error.message) == (field, True), error.message
 
