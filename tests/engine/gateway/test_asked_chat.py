@@ -274,6 +274,13 @@ def test_turns_of_every_role(rules):
     assert asked.passed_over == ("messages.annotations", "messages.content.prompt_cache_breakpoint")
 
 
+def test_turns_are_counted_before_they_are_read(rules):
+    few = msgspec.structs.replace(rules, max_turns=2)
+    assert read(few, messages=HI * 2)
+    with pytest.raises(InvalidRequest, match="messages has 3 entries, allowed: 2"):
+        read(few, messages=["no turn"] * 3)
+
+
 def test_a_developer_is_the_system(rules):
     turns = [{"role": "developer", "content": "Be brief."}, *HI]
     assert message(rules, messages=turns).messages[0] == ChatMessage(role="system", content="Be brief.")

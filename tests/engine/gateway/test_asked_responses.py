@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from gateway_rules import RULES, refusal
 from openai.types.responses import Response
@@ -74,7 +75,15 @@ def test_what_begins_a_turn(rules):
     assert len(turns(rules, USER, CALL, SAID)) == 3
     assert len(turns(rules, THOUGHT, USER, SAID)) == 3
     empty = {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "x"}]}
+    assert len(turns(rules, USER, empty)) == 1
     assert turns(rules, USER, empty, SAID)[1] == ChatMessage(role="assistant", content=[TextChunk(text="Wait.")])
+
+
+def test_items_are_counted_before_they_are_read(rules):
+    few = msgspec.structs.replace(rules, max_turns=2)
+    assert len(read(few, [USER, SAID], instructions="Be brief.").arguments["messages"]) == 3
+    with pytest.raises(InvalidRequest, match="input has 3 entries, allowed: 2"):
+        read(few, ["no item"] * 3)
 
 
 def test_items_of_every_kind(rules):

@@ -79,10 +79,9 @@ def test_the_deepest_that_is_taken():
 
 def test_a_name_that_a_dropped_object_has_twice_is_not_told_of_another():
     """The first value of a name that comes twice is gone, and its memory may be another object's."""
-    body = b'{"x": [%s{"k": 1}]}' % (b'{"a": {"b": 1, "b": 2}, "a": {"k": 1}},' * 50)
     with pytest.raises(InvalidRequest) as caught:
-        read_object(body, DEPTH)
-    assert caught.value.field == "x[0].a"
+        read_object(b'{"x": {"a": {"b": 1, "b": 2}, "a": 0}}', DEPTH)
+    assert caught.value.field == "x.a"
 
 
 @given(st.dictionaries(st.text(), VALUES, max_size=5), st.booleans())
