@@ -47,9 +47,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.conversation": (),
     "engine.core_stats": ("engine.expert_statistics",),
+    "engine.questions": ("engine.conversation", "engine.core_stats"),
     "engine.messages": (
         *("scheduler.params", "scheduler.plan"),
-        *("engine.conversation", "engine.core_stats", "engine.expert_statistics"),
+        *("engine.conversation", "engine.core_stats", "engine.expert_statistics", "engine.questions"),
     ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
