@@ -399,6 +399,10 @@ class Generation:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
             link.loop.call_soon_threadsafe(link.consumed, self._inbox, cost)
 
+    def used(self, cost: int) -> None:
+        """As `consumed`, for who is on the loop of the connection."""
+        self._inbox.link.consumed(self._inbox, cost)
+
     def cancel(self) -> None:
         """Ask the server to stop. What it had sent still comes, then `final` says "cancelled"."""
         self._inbox.cancel()

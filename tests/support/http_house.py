@@ -101,4 +101,4 @@ class HttpHouse(FakeServer):
 
 def events_of(text: str) -> list[Any]:
     """The data of a stream's events."""
-    return [block.removeprefix("data: ") for block in text.split("\n\n") if block.startswith("data: ")]
+    return [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]

@@ -88,9 +88,11 @@ def main() -> None:
         port = free_port()
         options = {"runner": "fake", "http": f"{HOST}:{port}"}
         with CierzoServer(checkpoint, options, Path(folder) / "log") as server:
-            turns = [uvloop.run(one_turn(server._address, port, arguments.requests)) for _ in range(arguments.pairs)]
+            asked = (server._address, port, arguments.requests)
+            turns = [uvloop.run(one_turn(*asked)) for _ in range(arguments.pairs)]
     for name in turns[0]:
-        print(f"{name:20} {statistics.median(turn[name] for turn in turns):12,.2f}   {[round(t[name], 2) for t in turns]}")
+        seen = [turn[name] for turn in turns]
+        print(f"{name:20} {statistics.median(seen):12,.2f}   {' '.join(f'{value:,.2f}' for value in seen)}")
 
 
 if __name__ == "__main__":

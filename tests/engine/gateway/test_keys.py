@@ -77,12 +77,12 @@ def test_metrics_want_a_right(opening, keys):
 
 def test_limits_are_the_tenants(keyed):
     house = keyed("x" * 100, token_s=60.0)
-    with openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0) as client:
-        with client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
-            next(stream)
-            refused = house.post(CHATS, CHAT, headers=_bearer(SEARCH))
-            assert (refused.status_code, refused.json()["error"]["param"]) == (429, "max_requests")
-            assert house.post(CHATS, CHAT | {"max_tokens": 1}, headers=_bearer(ADMIN)).status_code == 200
+    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0)
+    with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
+        next(stream)
+        refused = house.post(CHATS, CHAT, headers=_bearer(SEARCH))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (429, "max_requests")
+        assert house.post(CHATS, CHAT | {"max_tokens": 1}, headers=_bearer(ADMIN)).status_code == 200
 
 
 def test_keys_that_are_read_anew(opening, keys):
