@@ -31,6 +31,7 @@ RUNTIME = [
 ]
 DEMO = ["gguf>=0.17"]
 BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
+GATEWAY = ["starlette>=1.0", "uvicorn>=0.50", "httptools>=0.8"]  # the HTTP door
 CUDA = ["triton>=3.6", "cupy-cuda13x>=13.6"]  # what compiles and launches the kernels for GPUs
 TEST = [
     "setuptools>=77",
@@ -50,6 +51,8 @@ TEST = [
     "nvidia-cuda-nvrtc==13.0.*",  # compiles CUDA C++ without a GPU
     "ruff>=0.9",
     "mypy>=1.14",
+    "openai>=3.50",  # the clients that people have, against the HTTP door
+    "mistralai>=3.7",
 ]
 
 KERNELS = Path("src/cierzo/kernels/cpu")
@@ -161,6 +164,6 @@ setup(
         "cierzo.engine.gateway": ["page/*"],
     },
     install_requires=RUNTIME,
-    extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
+    extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "gateway": GATEWAY, "test": DEMO + GATEWAY + TEST},
     entry_points={"console_scripts": ["cierzo=cierzo.__main__:main"]},
 )

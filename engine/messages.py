@@ -31,8 +31,10 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("masks", "parts", "probes", "resume", "trace"),
+    *("masks", "parts", "probes", "resume", "tokenize", "trace"),
 )
+# The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
+ACCEPTANCE = "acceptance"
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -177,6 +179,39 @@ class GetModel(Message, frozen=True, tag="model"):
     stream: int
 
 
+class Tokenize(Message, frozen=True, tag="tokenize", omit_defaults=True):
+    """Give the tokens of a prompt, and compute nothing (feature "tokenize"). Exactly one of `text` and `messages`;
+    `tools` and `reasoning_effort` as in Generate. Answered by Tokenized.
+
+    Of a text: `special_tokens` false leaves out what is put around a prompt, such as the beginning-of-text token.
+    With `control_tokens` a control token that the text spells is that token, as in no prompt.
+    """
+
+    stream: int
+    text: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[Tool] = []
+    reasoning_effort: str | None = None
+    special_tokens: bool = True
+    control_tokens: bool = False
+
+
+class Detokenize(Message, frozen=True, tag="detokenize", omit_defaults=True):
+    """Give the text of tokens (feature "tokenize"). `control_tokens`: with the spellings of those, which have no
+    text. `pieces`: also the bytes of each token. Answered by Detokenized."""
+
+    stream: int
+    token_ids: list[int]
+    control_tokens: bool = False
+    pieces: bool = False
+
+
+class GetTokenizer(Message, frozen=True, tag="tokenizer"):
+    """What the served model's tokenizer calls its tokens, and its chat template (feature "tokenize")."""
+
+    stream: int
+
+
 class Drain(Message, frozen=True, tag="drain", omit_defaults=True):
     """Refuse new requests, finish those accepted, then answer Drained. `undo`: take requests again; answered by
     Done."""
@@ -204,6 +239,9 @@ ClientMessage = (
     | GetHealth
     | GetStats
     | GetModel
+    | Tokenize
+    | Detokenize
+    | GetTokenizer
     | Drain
 )
 
@@ -235,16 +273,17 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     features: list[str] = []
 
 
-class Accepted(Message, frozen=True, tag="accepted"):
+class Accepted(Message, frozen=True, tag="accepted", omit_defaults=True):
     """First message of a stream that was accepted (feature "resume"). `request_id`: 128 random bits in hex, which
     whoever knows them may resume and cancel by. `seed` repeats the generation. `queue_position`: requests before it
-    that have no token yet. `deadline_s`: what counts, from arrival."""
+    that have no token yet. `deadline_s`: what counts, from arrival. `prompt_tokens`: told in one process alone."""
 
     stream: int
     request_id: str
     seed: int
     queue_position: int
     deadline_s: float
+    prompt_tokens: int = 0
 
 
 class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
@@ -407,13 +446,43 @@ class ModelInfo(Message, frozen=True, tag="model_reply", omit_defaults=True):
     marks_calls: bool = False
 
 
+class Tokenized(Message, frozen=True, tag="tokenized"):
+    """Answer to Tokenize."""
+
+    stream: int
+    token_ids: list[int]
+
+
+class Detokenized(Message, frozen=True, tag="detokenized", omit_defaults=True):
+    """Answer to Detokenize. `pieces`, if they were asked for: the bytes of each token, of a control token those of
+    its spelling; together they may be other bytes than those of `text`."""
+
+    stream: int
+    text: str
+    pieces: list[bytes] = []
+
+
+class TokenizerInfo(Message, frozen=True, tag="tokenizer_reply", omit_defaults=True):
+    """The tokenizer of the served model, as far as it has one. `kind`: whose file it reads and what version that
+    has. The tokens are told as they are spelled, `chat_template` as its source; "": there is none."""
+
+    stream: int
+    kind: str = ""
+    bos_token: str = ""
+    eos_token: str = ""
+    pad_token: str = ""
+    chat_template: str = ""
+
+
 class Drained(Message, frozen=True, tag="drained"):
     """Answer to Drain: nothing is running any more."""
 
     stream: int
 
 
-Reply = Pong | Done | Health | Stats | ModelInfo | Drained  # carries the stream id of what it answers
+Worded = Tokenized | Detokenized
+# Carries the stream id of what it answers.
+Reply = Pong | Done | Health | Stats | ModelInfo | Worded | TokenizerInfo | Drained
 ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | Reply
 
 # --- front end -> core -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, No
 from cierzo.engine.frontend.answer import Answer, Answers
 from cierzo.engine.frontend.bounds import timeout
 from cierzo.engine.frontend.retries import is_refusal
-from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume
+from cierzo.engine.messages import ACCEPTANCE, Accepted, Delta, Final, Generate, Resume
 
 
 class Link(Protocol):
@@ -333,7 +333,8 @@ class Generation:
         the server does not have the feature "resume", with which it would say so.
         """
         inbox = self._inbox
-        if inbox.accepted is None and "resume" not in inbox.link.features and not inbox.ended:
+        tells = not inbox.link.features.isdisjoint(("resume", ACCEPTANCE))
+        if inbox.accepted is None and not tells and not inbox.ended:
             raise InvalidRequest(
                 "the server does not say when it accepts a request: it has not granted the feature resume",
                 field="features",

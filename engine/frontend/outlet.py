@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
 from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.delta_cost import delta_cost, logprobs_cost, parts_cost, text_cost
@@ -22,11 +24,7 @@ from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import NewReader, Sink, Stream
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
-from cierzo.engine.messages import (
-    Accepted,
-    Delta,
-    TokenDelta,
-)
+from cierzo.engine.messages import ACCEPTANCE, Accepted, Delta, TokenDelta
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
@@ -95,7 +93,10 @@ class Outlets:
         """A stream was accepted, or has a new reader: it gets what is behind the cursor."""
         sink = stream.sink
         assert sink is not None
-        if stream.name:
+        if ACCEPTANCE in sink.features:
+            accepted = self._accepted(stream)
+            sink.put(msgspec.structs.replace(accepted, prompt_tokens=stream.num_prompt_tokens))
+        elif stream.name:
             sink.put(self._accepted(stream))
         stream.skips = False
         stream.credit = self._config.stream_credit_bytes if "credit" in sink.features else None

@@ -1,0 +1,138 @@
+"""Streams of events: an answer is told as it is made, and cancelled as soon as nobody hears it any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.generation import Generation
+from cierzo.engine.gateway.answers import DONE, Events, event
+from cierzo.engine.gateway.call import Call
+from cierzo.engine.gateway.errors import Headers, encoded
+from cierzo.engine.gateway.token_words import TokenWords, tokens_of
+from cierzo.engine.messages import Delta, Final
+
+KIND = b"text/event-stream; charset=utf-8"
+HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+COMMENT = b": \n\n"
+WRITE_BYTES = 32 * 1024  # of events, written at a time
+
+
+class Run(NamedTuple):
+    """An answer under way, and how its events are told. in_body: the error as it is told to who wrote the body.
+    count: counts the tokens of the prompt, if they are to be told as it goes; an engine elsewhere does not say.
+    words: of its log-probabilities, if it has any."""
+
+    generation: Generation
+    events: Events
+    in_body: Callable[[CierzoError], CierzoError]
+    count: Callable[[], Awaitable[int]] | None = None
+    words: TokenWords | None = None
+
+
+@asynccontextmanager
+async def heard(call: Call, generations: Sequence[Generation]) -> AsyncIterator[None]:
+    """Cancel what runs when the caller goes away."""
+    gone = asyncio.ensure_future(call.gone())
+
+    def cancel(done: asyncio.Future[None]) -> None:
+        if not done.cancelled():
+            for generation in generations:
+                generation.cancel()
+
+    gone.add_done_callback(cancel)
+    try:
+        yield
+    finally:
+        gone.cancel()
+
+
+async def stream(
+    call: Call, runs: Sequence[Run], last: Callable[[list[Final]], bytes], comment_s: float = 0.0
+) -> None:
+    """Answer by the events of all `runs`, and after a good end by those of `last`, and by [DONE].
+
+    What is refused before it begins is raised. What goes wrong later is told by an event with the error, which is
+    the last. comment_s: seconds of silence after which there is a comment; 0: none.
+    """
+    async with heard(call, [run.generation for run in runs]):
+        counts = [await _accepted(run) for run in runs]
+        await call.begin(200, KIND, HEADERS)
+        for run, prompt_tokens in zip(runs, counts, strict=True):
+            if events := run.events.begin(prompt_tokens):
+                await call.write(events)
+        try:
+            if len(runs) == 1:
+                finals = [await _told(call, runs[0], comment_s)]
+            else:
+                finals = await _all_told(call, runs, comment_s)
+            await call.end(last(finals) + DONE)
+        except CierzoError as error:
+            await call.end(event(encoded(error)))
+
+
+async def _accepted(run: Run) -> int:
+    """Wait until an answer is certain to come: the number of its prompt's tokens, 0 if nobody needs it. Raises the
+    refusal."""
+    try:
+        accepted = await run.generation.accepted()
+        return accepted.prompt_tokens or (0 if run.count is None else await run.count())
+    except CierzoError as error:
+        raise run.in_body(error) from error
+
+
+async def _all_told(call: Call, runs: Sequence[Run], comment_s: float) -> list[Final]:
+    """Tell several answers side by side; the first that fails ends all."""
+    telling = [asyncio.ensure_future(_told(call, run, comment_s)) for run in runs]
+    try:
+        return await asyncio.gather(*telling)
+    finally:
+        for each in telling:
+            each.cancel()
+        await asyncio.gather(*telling, return_exceptions=True)
+
+
+async def _told(call: Call, run: Run, comment_s: float) -> Final:
+    """Tell an answer to its end. Raises the CierzoError that its end is."""
+    try:
+        await _tell(call, run, comment_s or None)
+        await call.write(run.events.end(run.generation.final))
+        return run.generation.final
+    except CierzoError as error:
+        raise run.in_body(error) from error
+
+
+async def _tell(call: Call, run: Run, timeout_s: float | None) -> None:
+    """Tell what comes until nothing more does."""
+    generation, events = run.generation, run.events
+    while True:
+        try:
+            deltas = await generation.next_batch(timeout_s)
+        except TimeoutError:
+            await call.write(COMMENT)
+            continue
+        if not deltas:
+            return
+        if run.words is not None:
+            for delta in deltas:
+                await run.words.learn(call.engine, tokens_of(delta.logprobs or ()))
+        if len(deltas) == 1:
+            if told := events.take(deltas):
+                await call.write(told)
+        else:
+            await _write(call, events, deltas)
+
+
+async def _write(call: Call, events: Events, deltas: Sequence[Delta]) -> None:
+    """Write the events of many deltas, a bounded part at a time."""
+    waiting = bytearray()
+    for delta in deltas:
+        waiting += events.take([delta])
+        if len(waiting) >= WRITE_BYTES:
+            await call.write(bytes(waiting))
+            waiting.clear()
+    if waiting:
+        await call.write(bytes(waiting))

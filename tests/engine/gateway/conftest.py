@@ -1,0 +1,34 @@
+"""Houses with an HTTP door: in the server, and as a gateway before it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from http_house import HttpHouse
+
+
+@pytest.fixture(params=[False, True], ids=["embedded", "gateway"])
+def either(request: pytest.FixtureRequest) -> Iterator[Callable[..., HttpHouse]]:
+    """Open a house of either kind; the arguments are those of HttpHouse."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *answers, **options: stack.enter_context(HttpHouse(*answers, remote=request.param, **options))
+
+
+@pytest.fixture
+def opening() -> Iterator[Callable[..., HttpHouse]]:
+    """Open a house with its door in the server; the arguments are those of HttpHouse."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *answers, **options: stack.enter_context(HttpHouse(*answers, **options))
+
+
+@pytest.fixture
+def house(opening: Callable[..., HttpHouse]) -> HttpHouse:
+    return opening("Hello there.")
+
+
+def events_of(text: str) -> list[Any]:
+    """The data of a stream's events."""
+    return [block.removeprefix("data: ") for block in text.split("\n\n") if block.startswith("data: ")]
