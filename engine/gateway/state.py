@@ -37,9 +37,9 @@ class PageState(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges, counters since the start, and what the chat box must know of the model.
 
     model_id: the name by which requests ask for the model. kv_used_share, kv_cached_share: parts of the KV cache
-    that sequences hold, and that hold prefixes which may be found. prompt_tokens, output_tokens, preemptions: of the
-    core, so they fall when one dies, unless the front end is here to add up. latency_bounds_s: upper bounds of the
-    buckets of both latencies. All that has a default is None where only a client of the server asks.
+    that sequences hold, and that hold prefixes which may be found. prompt_tokens, output_tokens, preemptions: of
+    the core, so they fall when one dies, unless the front end is here to add up. latency_bounds_s: upper bounds of
+    the buckets of both latencies. All that has a default is None where only a client of the server asks.
     """
 
     model: str

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from cierzo.engine.gateway.guard import ALWAYS
+from cierzo.engine.gateway.site import assets
 from cierzo.engine.gateway.state import Latency, PageState, TenantSums
-from cierzo.engine.gateway.static import assets
 
 Event = dict[str, Any] | str | threading.Event  # what is sent; one that is waited for
 
@@ -99,7 +100,9 @@ class PageServer:
 
         def file(path: str) -> Route:
             asset = assets()[path]
-            return Route(path, lambda request: Response(asset.body, headers=asset.headers))
+            headers = {name.decode(): value.decode() for name, value in [*ALWAYS, *asset.headers]}
+            headers["content-type"] = asset.kind.decode()
+            return Route(path, lambda request: Response(asset.body, headers=headers))
 
         return Starlette(
             routes=[

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from browser import PHONE, WIDE, Browser, browser
+from http_house import HttpHouse
 from page_server import PageServer, figures, page_server
 from selenium.webdriver.common.keys import Keys
 
+from cierzo.engine.frontend.keys import key_line
 from cierzo.engine.frontend.observe.tallies import BOUNDS_S
+from cierzo.engine.gateway.guard import CSP
+from cierzo.engine.gateway.site import FOLDER, assets
 from cierzo.engine.gateway.state import Latency, percentile
-from cierzo.engine.gateway.static import FOLDER, POLICY, assets
 
 MAX_BYTES = 100_000
 MAX_PAINT_MS = 500
@@ -78,14 +82,27 @@ def test_every_file_is_served_and_none_is_from_elsewhere() -> None:
         assert not re.search(MARKUP_OF_TEXT, text), path
 
 
-def test_headers_keep_the_page_to_itself() -> None:
-    for asset in assets().values():
-        assert asset.headers["content-security-policy"] == POLICY
-        assert asset.headers["x-content-type-options"] == "nosniff"
-    for rule in ("default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'"):
-        assert rule in POLICY
-    assert "unsafe" not in POLICY
-    assert len({asset.headers["etag"] for asset in assets().values()}) == len(assets())
+@pytest.fixture
+def keyed(tmp_path: Path, opening: Callable[..., HttpHouse]) -> HttpHouse:
+    """A house where "a-guest" may ask the model, and "an-owner" see figures too."""
+    path = tmp_path / "keys"
+    lines = ['{"tenant": "mail"}', key_line("a-guest", "mail"), key_line("an-owner", "mail", ("stats",))]
+    path.write_text("\n".join(lines))
+    path.chmod(0o600)
+    return opening("Yes.", keys=str(path))
+
+
+def test_files_come_with_a_tag_and_a_policy(keyed: HttpHouse) -> None:
+    """Also where there are keys, which a browser cannot show for a page."""
+    for path, asset in assets().items():
+        answer = keyed.get(path)
+        assert (answer.status_code, answer.content) == (200, asset.body)
+        assert answer.headers["content-security-policy"] == CSP
+        assert answer.headers["content-type"] == asset.kind.decode()
+        again = keyed.get(path, headers={"if-none-match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    assert len({asset.tag for asset in assets().values()}) == len(assets())
+    assert "unsafe" not in CSP
 
 
 def test_what_is_inline_is_not_run(window: Browser, page: PageServer) -> None:
@@ -348,3 +365,46 @@ def test_a_slash_goes_to_the_question(window: Browser, page: PageServer) -> None
     assert window.driver.switch_to.active_element == window.one("#question")
     window.driver.switch_to.active_element.send_keys("/")
     assert window.one("#question").get_attribute("value") == "/"
+
+
+# --- with a server ------------------------------------------------------------------------------------------
+
+
+def test_it_shows_and_asks_a_server(window: Browser, either: Callable[..., HttpHouse]) -> None:
+    """The page, the door and the front end together; and through a gateway, which knows less."""
+    house = either("It is *scattered*.", http={"served_model_name": ("mine",)})
+    window.open(house.url)
+    window.shows("#state", "ready")
+    window.one("#question").send_keys("Why is the sky blue?", Keys.ENTER)
+    window.shows(".told .text", "It is scattered.")
+    window.shows(".told .tools", "tokens")
+    window.shows("[data-of=finished]", "1")
+    assert window.text("#model") == "fake"
+    is_gateway = house.get("/page/state").json()["tenants"] is None
+    assert window.one("#tenants").is_displayed() is not is_gateway
+    if not is_gateway:
+        window.shows("#tenants tbody", "default 1")
+        assert NONE not in window.text("#tile-first .figure")
+
+
+def test_state_wants_the_right_stats(keyed: HttpHouse) -> None:
+    found = [keyed.get("/page/state")]
+    found += [
+        keyed.get("/page/state", headers={"authorization": f"Bearer {key}"}) for key in ("a-guest", "an-owner")
+    ]
+    assert [answer.status_code for answer in found] == [401, 403, 200]
+    assert found[2].json()["model_id"] == "fake"
+
+
+def test_keys_and_their_rights_in_the_page(window: Browser, keyed: HttpHouse) -> None:
+    window.open(keyed.url)
+    window.shows("#notes", "asks for a key")
+    window.one("#key-box summary").click()
+    window.one("#key").send_keys("a-guest", Keys.ENTER)
+    window.shows("#no-figures", "no right")
+    window.one("#question").send_keys("May I?", Keys.ENTER)
+    window.shows(".told .text", "Yes.")
+    window.one("#key-box summary").click()
+    window.one("#key").clear()
+    window.one("#key").send_keys("an-owner", Keys.ENTER)
+    window.shows("#tenants tbody", "mail 1")
