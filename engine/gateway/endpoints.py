@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from cierzo.engine.gateway.backend import Backend
 from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.errors import unplanned
-from cierzo.engine.gateway.sse import Run, heard, stream
+from cierzo.engine.gateway.sse import Run, heard, stream, together
 from cierzo.engine.gateway.token_words import TokenWords, chat_entry, tokens_of
 from cierzo.engine.messages import Delta, Final, ModelInfo
 
@@ -116,7 +115,7 @@ async def _answer(house: House, call: Call, kind: Kind, asked: Sequence[Asked]) 
     try:
         async with heard(call, generations):
             pairs = zip(joining, generations, strict=True)
-            finals = await _all(*(each.join(generation) for each, generation in pairs))
+            finals = await together(*(each.join(generation) for each, generation in pairs))
             choices: list[bytes] = []
             for each, final in zip(joining, finals, strict=True):
                 choices += each.choices(len(choices), final)
@@ -141,15 +140,6 @@ async def _prompt_text(backend: Backend, asked: Asked) -> str:
         return ""
     text = asked.arguments.get("text")
     return text if text is not None else await backend.detokenize(asked.arguments["token_ids"])
-
-
-async def _all(*asked: Any) -> list[Any]:
-    """The results of all; the first that fails ends the others."""
-    if len(asked) == 1:
-        return [await asked[0]]
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(each) for each in asked]
-    return [task.result() for task in tasks]
 
 
 def _arguments(house: House, call: Call, asked: Asked) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The engine at the other end of RPC connections: a client for each key that callers bring.
 
-The server decides who may come: a key is handed on as it is, and nothing of it is kept when its client is idle. A key
-that was refused is not tried again for a moment, so that guessing costs the server little.
+The server decides who may come: a key is handed on as it is. One that was refused is not tried again for a moment, so
+that guessing costs the server little.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ class Remote:
 
     def metrics(self) -> bytes:
         """There are none here."""
-        raise NotFound(
-            "this gateway tells no metrics: the server does, at its own address (--metrics)", field="path"
-        )
+        raise NotFound("a gateway has no metrics: the server tells them, at its own address (--metrics)")
 
     async def _asked(self) -> Client:
         """The gateway's own client."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.generation import Generation
@@ -18,6 +18,7 @@ from cierzo.engine.messages import Delta, Final
 KIND = b"text/event-stream; charset=utf-8"
 HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 COMMENT = b": \n\n"
+T = TypeVar("T")
 WRITE_BYTES = 32 * 1024  # of events, written at a time
 
 
@@ -65,10 +66,7 @@ async def stream(
             if events := run.events.begin(prompt_tokens):
                 await call.write(events)
         try:
-            if len(runs) == 1:
-                finals = [await _told(call, runs[0], comment_s)]
-            else:
-                finals = await _all_told(call, runs, comment_s)
+            finals = await together(*(_told(call, run, comment_s) for run in runs))
             await call.end(last(finals) + DONE)
         except CierzoError as error:
             await call.end(event(encoded(error)))
@@ -84,15 +82,17 @@ async def _accepted(run: Run) -> int:
         raise run.in_body(error) from error
 
 
-async def _all_told(call: Call, runs: Sequence[Run], comment_s: float) -> list[Final]:
-    """Tell several answers side by side; the first that fails ends all."""
-    telling = [asyncio.ensure_future(_told(call, run, comment_s)) for run in runs]
+async def together(*asked: Coroutine[Any, Any, T]) -> list[T]:
+    """The results of all; the first that fails ends the others."""
+    if len(asked) == 1:
+        return [await asked[0]]
+    tasks = [asyncio.ensure_future(each) for each in asked]
     try:
-        return await asyncio.gather(*telling)
+        return await asyncio.gather(*tasks)
     finally:
-        for each in telling:
-            each.cancel()
-        await asyncio.gather(*telling, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _told(call: Call, run: Run, comment_s: float) -> Final:

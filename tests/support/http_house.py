@@ -57,6 +57,15 @@ class HttpHouse(FakeServer):
         """The front end behind it, in another thread."""
         return self._running.frontend
 
+    @property
+    def core(self) -> Any:
+        """The core behind that: `running` has what runs."""
+        return self._running._core._core
+
+    def leave(self) -> None:
+        """Have the server go, and not the door."""
+        self._ask(self._running.close)
+
     def get(self, path: str, **options: Any) -> httpx2.Response:
         """Answer of a GET."""
         return httpx2.get(self.url + path, **options)
@@ -88,3 +97,8 @@ class HttpHouse(FakeServer):
 
     async def _connect(self, key: str | None) -> Client:
         return await Client.connect(self._running.server.address, key=key)
+
+
+def events_of(text: str) -> list[Any]:
+    """The data of a stream's events."""
+    return [block.removeprefix("data: ") for block in text.split("\n\n") if block.startswith("data: ")]

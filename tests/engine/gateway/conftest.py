@@ -27,8 +27,3 @@ def opening() -> Iterator[Callable[..., HttpHouse]]:
 @pytest.fixture
 def house(opening: Callable[..., HttpHouse]) -> HttpHouse:
     return opening("Hello there.")
-
-
-def events_of(text: str) -> list[Any]:
-    """The data of a stream's events."""
-    return [block.removeprefix("data: ") for block in text.split("\n\n") if block.startswith("data: ")]

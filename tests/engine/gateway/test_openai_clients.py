@@ -115,11 +115,11 @@ def test_thoughts_and_calls(either):
 
 
 def test_the_clients_own_stream_helper_joins_calls(either):
-    with _client(either(FakeAnswer(calls=[("wind", {"at": "sea"})]))) as client:
-        with client.chat.completions.stream(model="fake", messages=MESSAGES, tools=[TOOL]) as stream:
-            for _ in stream:
-                pass
-            final = stream.get_final_completion()
+    client = _client(either(FakeAnswer(calls=[("wind", {"at": "sea"})])))
+    with client, client.chat.completions.stream(model="fake", messages=MESSAGES, tools=[TOOL]) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_completion()
     (call,) = final.choices[0].message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("wind", {"at": "sea"})
 
