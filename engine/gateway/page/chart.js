@@ -4,11 +4,11 @@ const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 240;
 const HEIGHT = 54;
 
-// The least of 1, 2, 5, 10, 20... that is not below a value.
+// The least of 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20... that is not below a value.
 export function ceiling(value) {
   if (!(value > 0)) return 1;
   const ten = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * ten).find((step) => step >= value * (1 - 1e-9));
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * ten).find((step) => step >= value * (1 - 1e-9));
 }
 
 export class Chart {

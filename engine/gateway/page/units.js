@@ -1,8 +1,8 @@
 // Numbers as people read them.
 
 export const whole = (value) => Math.round(value).toLocaleString("en");
-export const rate = (value) => (value < 9.95 ? value.toFixed(1) : whole(value));
-export const percent = (value) => `${Math.round(100 * value)}%`;
+export const rate = (value) => (value && value < 9.95 ? value.toFixed(1) : whole(value));
+export const percent = (value) => `${value && value < 0.0095 ? (100 * value).toFixed(1) : Math.round(100 * value)}%`;
 
 export function duration(seconds) {
   if (seconds < 0.00995) return `${(1000 * seconds).toFixed(1)} ms`;

@@ -231,8 +231,8 @@ def test_charts_can_be_read_point_by_point(window: Browser, page: PageServer) ->
 def test_scales_end_at_round_numbers(window: Browser, page: PageServer) -> None:
     window.open(page.url)
     script = 'const { ceiling } = await import("/page/chart.js"); return given[0].map(ceiling);'
-    values = [0, 0.3, 1, 1.01, 2, 4.9, 10, 999, 1001, 0.0012]
-    assert window.run(script, values) == pytest.approx([1, 0.5, 1, 2, 2, 5, 10, 1000, 2000, 0.002])
+    values = [0, 0.25, 1, 1.01, 2, 4.9, 10, 999, 1001, 0.0012]
+    assert window.run(script, values) == pytest.approx([1, 0.3, 1, 1.5, 2, 5, 10, 1000, 1500, 0.0015])
 
 
 # --- keys and rights ----------------------------------------------------------------------------------------

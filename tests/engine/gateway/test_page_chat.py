@@ -316,6 +316,27 @@ def test_a_stream_that_only_stops_is_not_taken_for_whole(window: Browser, page: 
     window.shows(".told .wrong", "broke off")
 
 
+def test_a_stream_may_be_cut_anywhere(window: Browser, page: PageServer) -> None:
+    """In the middle of an event, of a character and of a line's end; with comments, and an event in two lines."""
+    body = ": a comment\r\n\r\ndata:one \N{HIRAGANA LETTER A}\ndata: two\n\n"
+    body += "event: x\rdata: three\r\rdata: [DONE]\r\n\r\n"
+    script = """
+        const { events } = await import("/page/door.js");
+        const found = [];
+        const start = (controller) => {
+          for (let at = 0; at < given[0].length; at += given[1]) {
+            controller.enqueue(Uint8Array.from(given[0].slice(at, at + given[1])));
+          }
+          controller.close();
+        };
+        for await (const data of events(new Response(new ReadableStream({ start })))) found.push(data);
+        return found;
+    """
+    for size in (1, 2, 3, 1000):
+        found = window.run(script, [*body.encode()], size)
+        assert found == ["one \N{HIRAGANA LETTER A}\ntwo", "three", "[DONE]"]
+
+
 def test_a_refusal_is_told_and_can_be_tried_again(window: Browser, page: PageServer) -> None:
     refused = JSONResponse({"error": {"message": "too many requests"}}, 429, headers={"retry-after": "3"})
     page.answers += [refused, said("Now.")]
