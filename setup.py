@@ -45,6 +45,7 @@ TEST = [
     "psutil>=6",
     "trustme>=1.2",
     "pyyaml>=6",
+    "selenium>=4.30",  # the page in a browser, by Debian's chromium and chromium-driver
     "basedpyright>=1.31",  # types as users of the client see them
     "triton>=3.6",  # kernels are interpreted and compiled without a GPU; torch for CUDA asks for one version of it
     "nvidia-cuda-nvrtc==13.0.*",  # compiles CUDA C++ without a GPU
@@ -160,6 +161,7 @@ setup(
         "cierzo": ["py.typed"],
         "cierzo.kernels.cuda": ["*.cu", "*.cuh"],
         "cierzo.engine.cost": ["*.json"],
+        "cierzo.engine.gateway": ["page/*"],
     },
     install_requires=RUNTIME,
     extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "gateway": GATEWAY, "test": DEMO + GATEWAY + TEST},

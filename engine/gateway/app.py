@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from cierzo import __version__
 from cierzo.engine.errors import NotFound
 from cierzo.engine.frontend.tenants import Right
-from cierzo.engine.gateway import endpoints
+from cierzo.engine.gateway import endpoints, site
 from cierzo.engine.gateway.backend import Backends, Caller
 from cierzo.engine.gateway.call import Call, Receive, Scope, Send
 from cierzo.engine.gateway.endpoints import answering
@@ -153,11 +153,17 @@ def make_app(house: House, backends: Backends, hosts: Collection[str] = ()) -> A
         """Answer GET /metrics."""
         await call.reply(backends.metrics(), kind=METRICS_KIND)
 
+    async def state(house: House, call: Call) -> None:
+        """Answer GET /page/state."""
+        await site.state(house, call, backends.frontend)
+
+    files = [Row("GET", path, site.sender(asset), is_open=True) for path, asset in site.assets().items()]
     probes = [Row("GET", f"/health/{name}", health(name), is_open=True) for name in PROBES]
     rows = [
-        *(*ROWS, *probes),
+        *(*ROWS, *probes, *files),
         Row("GET", "/health", health("ready"), is_open=True),
         Row("GET", "/metrics", metrics, right="stats"),
+        Row("GET", "/page/state", state, right="stats"),
     ]
     routes = [Route(row.path, Endpoint(row, house, backends), methods=[row.method]) for row in rows]
     guard = Guard(_routed(Router(routes, redirect_slashes=False)), hosts)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Unpack, runtime_checkable
 import msgspec
 
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
+from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.tenants import Right
 from cierzo.engine.messages import Health, ModelInfo, Stats, TokenizerInfo
@@ -80,6 +81,11 @@ class Packing(Protocol):
 
 class Backends(Protocol):
     """Whoever lets callers in."""
+
+    @property
+    def frontend(self) -> Frontend | None:
+        """The front end, where it is in this process."""
+        ...
 
     async def admit(self, caller: Caller) -> Backend:
         """The engine for a request. Raises Unauthorized."""

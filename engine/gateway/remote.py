@@ -17,6 +17,7 @@ from typing import Any, Unpack
 from cierzo.engine.errors import CierzoError, NotFound, Overloaded, Unauthorized
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
+from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.keys import digest_of
 from cierzo.engine.frontend.tenants import Right
@@ -68,6 +69,7 @@ class Remote:
         self._kept: OrderedDict[bytes, Kept] = OrderedDict()  # by the digest of the key, the last used last
         self._refused: OrderedDict[bytes, float] = OrderedDict()  # until when
         self._own: Client | None = None
+        self.frontend: Frontend | None = None  # it is in another process
 
     async def open(self) -> None:
         """Connect, if the server is there. Raises Unauthorized where it wants a key of the gateway itself."""
