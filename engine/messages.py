@@ -427,7 +427,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
     `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
     `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
-    share no blocks.
+    share no blocks. `num_scored`: entries of the prompt's log-probabilities that an earlier run has delivered.
     """
 
     request_id: int
@@ -443,6 +443,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     tenant: str = ""
     weight: float = 1.0
     cache_salt: bytes = b""
+    num_scored: int = 0
 
 
 class Abort(Message, frozen=True, tag="abort"):

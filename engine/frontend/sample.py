@@ -21,11 +21,11 @@ from cierzo.engine.messages import EndReason, Finish, Part, Submit, TokenDelta, 
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import Reader
 from cierzo.engine.text.reader_state import ReaderState
+from cierzo.scheduler.plan import entry_bytes
 
 NEVER_S = -1.0  # a time before all others
 TOKEN_BYTES = 4
 TEXT_BYTES = 4  # of a token, about; of an answer in parts its states instead
-ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14  # most that a token's log-probabilities, and each alternative, take
 STATE_TOKENS = 1024  # after so many, where a reader of parts stands is kept: nobody has to read more again
 STATE_BYTES = 128  # of a state that is kept, besides its MessagePack
 NO_PARTS: list[Part] = []
@@ -37,8 +37,7 @@ _decode_state = msgspec.msgpack.Decoder(ReaderState).decode
 
 def most_token_bytes(logprobs: int | None) -> int:
     """Heap that a token of an answer takes at most, with so many alternatives to it."""
-    known = 0 if logprobs is None else ENTRY_BYTES + ALTERNATIVE_BYTES * logprobs
-    return TOKEN_BYTES + TEXT_BYTES + known
+    return TOKEN_BYTES + TEXT_BYTES + (0 if logprobs is None else entry_bytes(logprobs))
 
 
 def require_bounded(submit: Submit, limit: int) -> None:
