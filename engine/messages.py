@@ -31,7 +31,7 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("masks", "parts", "probes", "resume", "trace"),
+    *("masks", "parts", "probes", "prompt_logprobs", "resume", "trace"),
 )
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
@@ -121,16 +121,18 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     traceparent: str = ""
 
 
-class Resume(Message, frozen=True, tag="resume"):
+class Resume(Message, frozen=True, tag="resume", omit_defaults=True):
     """Go on with a request whose connection was lost, or take it over from another one (feature "resume").
 
     `request_id` is that of its `accepted`; `received[i]`: tokens of sample i that the client has. The deltas go on
     from there, text included; if the request has ended meanwhile, what is left and its final record come.
+    `prompt_received`: entries of the prompt's log-probabilities that the client has.
     """
 
     stream: int
     request_id: str
     received: list[int]
+    prompt_received: int = 0
 
 
 class CancelRequest(Message, frozen=True, tag="cancel_request"):
@@ -251,7 +253,8 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops).
 
     With the feature "parts" `text` has no thoughts and no calls; `parts` are all its pieces in order, text
-    included, and empty where there is nothing but text.
+    included, and empty where there is nothing but text. With the feature "prompt_logprobs" a delta may have entries
+    of the prompt's next tokens instead, the second of the prompt first; they are those of all samples.
     """
 
     stream: int
@@ -260,6 +263,7 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     parts: list[Part] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Deltas(Message, frozen=True, tag="deltas"):
@@ -323,7 +327,8 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
 
 
 class Final(Message, frozen=True, tag="final", omit_defaults=True):
-    """Last message of a stream that was accepted. `seed` repeats a generation."""
+    """Last message of a stream that was accepted. `seed` repeats a generation. `prompt_logprobs`: all of them, with
+    `Generate.deltas` false."""
 
     stream: int
     samples: list[SampleEnd]
@@ -331,6 +336,7 @@ class Final(Message, frozen=True, tag="final", omit_defaults=True):
     timings: Timings
     seed: int
     cost: Cost | None = None
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Failure(Message, frozen=True, tag="error", omit_defaults=True):
