@@ -200,6 +200,7 @@ class Replay:
             tenant=record.tenant,
             weight=record.weight,
             cache_salt=record.salt,
+            num_scored=record.num_scored,
         )
         self._clock.seek()
         try:

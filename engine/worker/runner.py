@@ -89,7 +89,7 @@ class ModelRunner:
         self._staging = None if staged is None else Staging(torch.device(device))
         self._max_running = max_running
         self._sampler = Sampler(max_running, device, self._staging)
-        self._scorer = Scorer(device)
+        self._scorer = Scorer(None if staged is None else Staging(torch.device(device)))
         self._steps: deque[_Step] = deque()
         self._description = description
 

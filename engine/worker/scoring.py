@@ -20,17 +20,21 @@ from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.ops import sampling as ops
 from cierzo.scheduler.plan import Scoring, SeqPlan, TokenLogprobs, packed_entry
 
-BLOCK_ROWS = 128  # of logits at a time; engine/device_memory.py counts on it
+BLOCK_ROWS = 128  # of logits at a time
 
 Head = Callable[[Tensor], Tensor]  # rows of a step, int64 [M] -> their logits, fp32 [M,N]
 Scores = Callable[[], dict[int, list[msgspec.Raw] | None]]  # by sequence of the plan; None: logits not finite
 
 
 class Scorer:
-    """Scores the prompts of steps. Owns the staging by which its rows get to a device of its own."""
+    """Scores the prompts of steps.
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._staging = None if torch.device(device).type == "cpu" else Staging(torch.device(device))
+    staging: how rows get to a device of its own and results back, used by nobody else; without it the device is
+    the host.
+    """
+
+    def __init__(self, staging: Staging | None = None) -> None:
+        self._staging = staging
 
     def launch(self, seqs: Sequence[SeqPlan], batch: Batch, head: Head) -> Scores:
         """Score without waiting for the device; the function waits, and gives the entries."""
