@@ -157,7 +157,7 @@ class Request:
         return self.num_scored if self.is_scored else len(self.tokens)
 
     def scoring(self, start: int, end: int) -> Scoring | None:
-        """What a step that computes positions start .. end-1 has to score."""
+        """Tokens that a step scores which computes positions start .. end-1, if there are any."""
         if not self.is_scored:
             return None
         first, last = max(start, self.num_scored), min(end, self.num_prompt_tokens - 1)
@@ -165,7 +165,7 @@ class Request:
         return Scoring(first, self.tokens[first + 1 : last + 1], count) if first < last else None
 
     def chunk(self, start: int, count: int, *, samples: bool, admitted: bool) -> SeqPlan:
-        """Its part of a step that computes so many tokens. admitted: the first one since it has a slot."""
+        """Plan so many tokens of it for a step. admitted: it has got its slot for this step."""
         return SeqPlan(
             key=self.key,
             slot=self.slot,

@@ -18,7 +18,6 @@ from cierzo.engine.messages import (
     TokenLogprobs,
 )
 from cierzo.engine.testing.words import EOS
-from cierzo.scheduler.plan import packed_entry
 
 Answer = Callable[[Submit, int], list[int]]  # (request, sample) -> all its output tokens
 Key = tuple[int, int]  # request, sample
@@ -103,10 +102,14 @@ class FakeCore:
 
     def _score(self, sequence: Sequence) -> list[msgspec.Raw]:
         """The next log-probabilities of a prompt, as many as come in a step; made up of place and token."""
-        start, prompt = sequence.scored, sequence.submit.prompt_token_ids[1:]
+        start, prompt, sampling = (
+            sequence.scored,
+            sequence.submit.prompt_token_ids[1:],
+            sequence.submit.sampling,
+        )
         sequence.scored += self.scored_at_once
         return [
-            packed_entry(made_up_entry(place, token, sequence.submit.sampling.prompt_logprobs or 0))
+            msgspec.Raw(msgspec.msgpack.encode(made_up_entry(place, token, sampling.prompt_logprobs or 0)))
             for place, token in enumerate(prompt[start : sequence.scored], start)
         ]
 

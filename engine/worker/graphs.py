@@ -52,7 +52,7 @@ class Model(Protocol):
         ...
 
     def head(self, rows: StepRows, kv: KVPool) -> Callable[[Tensor], Tensor]:
-        """The same but for the logits, and what makes them of some rows, int64 [M] -> fp32 [M,N]."""
+        """Compute the same without logits; what makes them, of some rows: int64 [M] -> fp32 [M,N]."""
         ...
 
 

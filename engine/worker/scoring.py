@@ -74,23 +74,29 @@ def _rows(seqs: Sequence[SeqPlan], batch: Batch) -> NDArray[np.int64]:
     return np.concatenate(rows)
 
 
-def _score(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 [M], the tokens' log-probabilities; fp32 [M,C], the largest; int64 [M,C], whose they are."""
+def _score(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, ...]:
+    """fp32 [M], the largest logits; fp32 [M], the tokens' log-probabilities; fp32 [M,C], the largest of these;
+    int64 [M,C], whose those are."""
     scores = ops.log_probabilities(logits)
-    return scores.gather(1, token_ids[:, None])[:, 0], *ops.top_tokens(scores, count)
+    own = scores.gather(1, token_ids[:, None])[:, 0]
+    return ops.peaks(logits)[0], own, *ops.top_tokens(scores, count)
 
 
 def _entries(
-    scorings: dict[int, Scoring], own: NDArray[np.float32], top: NDArray[np.float32], top_ids: NDArray[np.int64]
+    scorings: dict[int, Scoring],
+    peaks: NDArray[np.float32],
+    own: NDArray[np.float32],
+    top: NDArray[np.float32],
+    top_ids: NDArray[np.int64],
 ) -> dict[int, list[msgspec.Raw] | None]:
-    """Entries of each sequence; None where one is not finite."""
+    """Entries of each sequence; None where a row's logits are not finite."""
+    finite = np.isfinite(peaks) & np.isfinite(own)
     entries: dict[int, list[msgspec.Raw] | None] = {}
     start = 0
     for index, scoring in scorings.items():
         end = start + len(scoring.token_ids)
         columns = own[start:end], top_ids[start:end, : scoring.count], top[start:end, : scoring.count]
-        is_finite = bool(np.isfinite(columns[0]).all())
         rows = zip(scoring.token_ids, *(column.tolist() for column in columns), strict=True)
-        entries[index] = [packed_entry(TokenLogprobs(*row)) for row in rows] if is_finite else None
+        entries[index] = [packed_entry(TokenLogprobs(*row)) for row in rows] if finite[start:end].all() else None
         start = end
     return entries

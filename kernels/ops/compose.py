@@ -133,7 +133,7 @@ def layers(
     tables: PositionTables,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All that a decoder does before its head: the last block's result, and the residual stream before it."""
+    """Run a decoder up to its head: the last block's result, and the residual stream before it."""
     residual = functional.embedding(rows.token_ids, weights.embedding)
     x: Tensor | None = None
     pages = iter(weights.pages)
@@ -154,8 +154,8 @@ def layers(
 
 
 def head(weights: DecoderWeights, x: Tensor, residual: Tensor, logit_rows: Tensor | None) -> Tensor:
-    """What is left of a decoder behind `layers`: the logits of these rows, None: of all. x is kept, and residual
-    too, but for where all are asked for."""
+    """Logits of some rows, None: of all; x and residual are what `layers` gave, and stay as they are unless all
+    rows are asked for."""
     if logit_rows is not None:
         x, residual = x[logit_rows], residual[logit_rows]
     return linear.lm_head(norm.add_rms_norm(x, residual, weights.final_norm, weights.eps), weights.head)

@@ -15,9 +15,11 @@ from cierzo.engine.messages import Abort, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import FakeRunner, fake_config
+from cierzo.engine.worker.step_cost import StepTimes
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler import policy
 from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.cost import StepWork
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs, entry_bytes, unpacked_entry
 from cierzo.scheduler.request import DuplicateRequest
@@ -228,6 +230,17 @@ def test_a_step_scores_so_many_tokens_as_their_entries_have_room(monkeypatch: py
     counts = [sum(len(delta.prompt_logprobs or ()) for delta in core.step_plain()) for _ in range(3)]
     assert counts == [4, 4, 2]
     assert not core.has_work()
+
+
+def test_steps_that_score_teach_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than their rows tell."""
+    works: list[StepWork | None] = []
+    monkeypatch.setattr(StepTimes, "took", lambda self, work, seconds: bool(works.append(work)))
+    for count in (None, 0):
+        core = make_core()
+        core.submit(submit(1, [1, 2, 3], max_tokens=1, prompt_logprobs=count))
+        finish_all(core)
+    assert [work is None for work in works] == [False, True]
 
 
 def test_a_resumed_request_goes_on_as_if_never_broken() -> None:

@@ -65,7 +65,7 @@ class Ask:
         own = torch.randint(vocab_size, (self.own,), generator=random.manual_seed(1000 + self.seed))
         return [*text.tolist(), *own.tolist()]
 
-    def submit(self, request_id: int, vocab_size: int, output: tuple[int, ...] = ()) -> Submit:
+    def submit(self, request_id: int, vocab_size: int, output: tuple[int, ...] = (), num_scored: int = 0) -> Submit:
         masks: dict[str, Any] = {}
         if self.masked:
             masks = {"banned_token_ids": BANNED, "thinking": ThinkingBudget(2, 3, 4, is_open=self.seed == 1)}
@@ -76,7 +76,7 @@ class Ask:
             top_p=0.9,
             seed=self.seed,
             logprobs=2,
-            prompt_logprobs=2 if self.scored else None,
+            prompt_logprobs=self.seed if self.scored else None,
             ignore_eos=True,
         )
         return Submit(
@@ -84,6 +84,7 @@ class Ask:
             prompt_token_ids=self.prompt(vocab_size),
             output_token_ids=list(output),
             sampling=sampling,
+            num_scored=num_scored,
             **masks,
         )
 
@@ -237,11 +238,14 @@ def test_a_request_is_the_same_whatever_happens_around_it(
     for index, ask in enumerate(requests):
         known = len(expected[index]) // 2 if world.resumed[index] else 0
         output = tuple(entry[0] for entry in expected[index][:known])
-        arrivals.setdefault(world.arrivals[index], []).append(ask.submit(index, vocab_size, output))
-        skipped.append(known)
+        num_scored = len(scored[index]) // 2 if world.resumed[index] else 0
+        again = ask.submit(index, vocab_size, output, num_scored)
+        arrivals.setdefault(world.arrivals[index], []).append(again)
+        skipped.append((known, num_scored))
     with random_cuts(world.cuts):
         answers = drain(engine.core(world), arrivals)
     for index in range(len(requests)):
-        assert answers[index] == expected[index][skipped[index] :], (index, requests[index])
-        assert answers[of_prompt(index)] == scored[index], (index, requests[index])
+        known, num_scored = skipped[index]
+        assert answers[index] == expected[index][known:], (index, requests[index])
+        assert answers[of_prompt(index)] == scored[index][num_scored:], (index, requests[index])
         assert len(scored[index]) == (len(requests[index].prompt(vocab_size)) - 1 if requests[index].scored else 0)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import msgspec
 import pytest
-from streams import generate
+from fake_rpc_server import accepted, delta, final, scripted
+from streams import generate, until
 
-from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.client import Client
+from cierzo.engine.errors import Interrupted, InvalidRequest
+from cierzo.engine.frontend.client import Client, Reconnect
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Inbox
 from cierzo.engine.frontend.prompt_log import PromptLog
@@ -32,6 +34,7 @@ from cierzo.engine.testing.fake_core import made_up_entry
 from cierzo.scheduler.plan import packed_entry
 
 HELLO = Hello(features=["resume", "prompt_logprobs"])
+AT_ONCE = Reconnect(first_pause_s=0.0, longest_pause_s=0.0)
 CREDIT = Hello(features=["credit", "resume", "prompt_logprobs"])
 PROMPT = [1 + token % 200 for token in range(3000)]
 
@@ -288,6 +291,78 @@ def test_a_long_prompts_log_stays_within_its_bound(run, serving, peering, cores)
             assert (refusal.field, "max_answer_bytes, 60000" in refusal.message) == ("prompt_received", True)
             cores.go_on()
             await hear_all(peer)
+
+    run(body())
+
+
+# --- clients -----------------------------------------------------------------------------------------------
+
+
+def scores(stream, start, end):
+    return Delta(stream=stream, prompt_logprobs=expected(PROMPT, 1)[start:end])
+
+
+def test_a_client_goes_on_behind_the_entries_that_were_taken(run):
+    taken = asyncio.Event()
+
+    async def loses(peer, number):
+        if number == 0:
+            request = await peer.hear(Generate)
+            peer.say(accepted(request.stream), scores(request.stream, 0, 3), scores(request.stream, 3, 9))
+            await taken.wait()
+            peer.drop()
+            return
+        request = await peer.hear(Resume)
+        assert (request.received, request.prompt_received) == ([0], 3)
+        peer.say(accepted(request.stream), scores(request.stream, 3, 9), delta(request.stream, [65]))
+        peer.say(final(request.stream, 1))
+        await peer.hear(Resume)
+
+    async def body():
+        async with scripted(loses) as address, await Client.connect(address, reconnect=AT_ONCE) as client:
+            generation = client.generate(token_ids=PROMPT[:200], prompt_logprobs=1)
+            deltas = [await anext(generation)]
+            taken.set()
+            await until(lambda: generation._inbox.reopened)
+            deltas += [delta async for delta in generation]
+            assert entries_of(deltas) == expected(PROMPT, 1)[:9]
+
+    run(body())
+
+
+@pytest.mark.parametrize("has_token", [False, True])
+def test_an_interrupted_answer_goes_on_elsewhere_once_it_has_a_token(run, has_token):
+    """No request can say which entries are known; with a token they all are."""
+    asked = []
+
+    async def stops(peer, number):
+        request = await peer.hear(Generate)
+        peer.say(accepted(request.stream), scores(request.stream, 0, 3))
+        if has_token:
+            peer.say(delta(request.stream, [65]))
+        peer.say(Failure(stream=request.stream, code="interrupted", message="stops", value="7"))
+        await peer.hear(Generate)
+
+    async def other(peer, number):
+        while (request := await peer.hear(Generate)) is not None:
+            asked.append(request)
+            peer.say(accepted(request.stream), delta(request.stream, [66]), final(request.stream, 2))
+
+    async def body():
+        async with (
+            scripted(stops) as first,
+            scripted(other) as second,
+            await Client.connect([first, second]) as client,
+        ):
+            generation = client.generate(token_ids=PROMPT[:4], prompt_logprobs=1)
+            deltas = []
+            with contextlib.nullcontext() if has_token else pytest.raises(Interrupted):
+                async for part in generation:
+                    deltas.append(part)
+            assert len(entries_of(deltas)) == 3
+            assert [(one.output_token_ids, one.sampling.prompt_logprobs) for one in asked] == [([65], None)][
+                :has_token
+            ]
 
     run(body())
 
