@@ -10,8 +10,9 @@ import pytest
 from fake_rpc_server import accepted, delta, final, scripted
 from streams import generate, until
 
+from cierzo.engine import LLM
 from cierzo.engine.errors import Interrupted, InvalidRequest
-from cierzo.engine.frontend.client import Client, Reconnect
+from cierzo.engine.frontend.client import Client, Reconnect, SyncClient
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Inbox
 from cierzo.engine.frontend.prompt_log import PromptLog
@@ -31,6 +32,7 @@ from cierzo.engine.messages import (
     TokenLogprobs,
 )
 from cierzo.engine.testing.fake_core import made_up_entry
+from cierzo.kernels import registry
 from cierzo.scheduler.plan import packed_entry
 
 HELLO = Hello(features=["resume", "prompt_logprobs"])
@@ -134,6 +136,25 @@ def test_what_cannot_be_is_refused_by_name(run, serving, peering, cores, count, 
             assert (refusal.code, refusal.field) == ("invalid_request", field)
 
     run(body())
+
+
+def test_a_served_model_scores_as_one_in_this_process_does(start, checkpoint, tmp_path):
+    """Bit for bit, whatever runs beside it; in one process in one chunk, in the other one in many."""
+    prompt = [(7 * place) % 200 + 1 for place in range(300)]
+    asked = {"prompt_logprobs": 5, "max_tokens": 3, "temperature": 0.0}
+    settings = {"threads": 1, "kv_cache_gib": 0.01, "max_model_len": 512}
+    with LLM(checkpoint, **settings) as llm:
+        (alone,) = llm.generate([prompt], **asked)
+    options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    start("--runner", "model", "--max-chunk-tokens", "48", "--budget-tokens", "64", *options)
+    with SyncClient(f"unix:{tmp_path / 'rpc.sock'}") as client:
+        others = [client.generate(token_ids=prompt[:size], **asked) for size in (300, 200, 300)]
+        found = [entries_of(generation) for generation in others]
+        assert client.complete(token_ids=prompt, **asked).usage.cached_tokens == 0
+    if registry.default_instruction_set == "reference" or not registry.has_native():
+        assert [len(entries) for entries in found] == [299, 199, 299]  # the reference is exact up to rounding
+    else:
+        assert found == [alone.prompt_logprobs, alone.prompt_logprobs[:199], alone.prompt_logprobs]
 
 
 # --- readers -----------------------------------------------------------------------------------------------
