@@ -46,7 +46,7 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("masks", "parts", "probes", "resume", "tokenize", "trace"),
+    *("masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
 )
 # The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
 ACCEPTANCE = "acceptance"
@@ -147,16 +147,18 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     traceparent: str = ""
 
 
-class Resume(Message, frozen=True, tag="resume"):
+class Resume(Message, frozen=True, tag="resume", omit_defaults=True):
     """Go on with a request whose connection was lost, or take it over from another one (feature "resume").
 
     `request_id` is that of its `accepted`; `received[i]`: tokens of sample i that the client has. The deltas go on
     from there, text included; if the request has ended meanwhile, what is left and its final record come.
+    `prompt_received`: entries of the prompt's log-probabilities that the client has.
     """
 
     stream: int
     request_id: str
     received: list[int]
+    prompt_received: int = 0
 
 
 class CancelRequest(Message, frozen=True, tag="cancel_request"):
@@ -263,7 +265,8 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops).
 
     With the feature "parts" `text` has no thoughts and no calls; `parts` are all its pieces in order, text
-    included, and empty where there is nothing but text.
+    included, and empty where there is nothing but text. With the feature "prompt_logprobs" a delta may have entries
+    of the prompt's next tokens instead, the second of the prompt first; they are those of all samples.
     """
 
     stream: int
@@ -272,6 +275,7 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     parts: list[Part] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Deltas(Message, frozen=True, tag="deltas"):
@@ -335,7 +339,8 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
 
 
 class Final(Message, frozen=True, tag="final", omit_defaults=True):
-    """Last message of a stream that was accepted. `seed` repeats a generation."""
+    """Last message of a stream that was accepted. `seed` repeats a generation. `prompt_logprobs`: all of them, with
+    `Generate.deltas` false."""
 
     stream: int
     samples: list[SampleEnd]
@@ -343,6 +348,7 @@ class Final(Message, frozen=True, tag="final", omit_defaults=True):
     timings: Timings
     seed: int
     cost: Cost | None = None
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Failure(Message, frozen=True, tag="error", omit_defaults=True):
@@ -386,7 +392,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
     `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
     `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
-    share no blocks.
+    share no blocks. `num_scored`: entries of the prompt's log-probabilities that an earlier run has delivered.
     """
 
     request_id: int
@@ -402,6 +408,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     tenant: str = ""
     weight: float = 1.0
     cache_salt: bytes = b""
+    num_scored: int = 0
 
 
 class Abort(Message, frozen=True, tag="abort"):
