@@ -61,8 +61,8 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     """Ways in which an answer is to be told.
 
     prompt_text: told before it; first_token: the first token of that, where its log-probabilities are told too.
-    drops_output: nothing is told of the answer itself. first_index: number of its first choice. logprobs: whether any are told. has_usage: `stream_options` has
-    include_usage; continuous: every event tells the usage so far.
+    drops_output: nothing is told of the answer itself. first_index: number of its first choice. logprobs: whether
+    any are told. has_usage: `stream_options` has include_usage; continuous: every event tells the usage so far.
     """
 
     head: Head
