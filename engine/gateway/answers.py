@@ -209,7 +209,7 @@ class ChatEvents(_Stream):
         )
 
     def _piece(self, part: Part) -> bytes | None:
-        """What is new of a part; None if that is nothing."""
+        """New output of a part, as a field; None if that is nothing."""
         if part.kind == "call":
             return b'"delta":{"tool_calls":[%b]}' % _encode(_call_delta(part))
         if not part.text:
