@@ -72,9 +72,15 @@ def tokenize_message(*, special_tokens: Any = True, control_tokens: Any = False,
         if name not in ASKED_OF_WORDS:
             raise _unknown(name, arguments[name], (*ASKED_OF_WORDS, "special_tokens", "control_tokens"))
     prompt = generate_message(**arguments)
-    given = {name: getattr(prompt, name) for name in ASKED_OF_WORDS}
-    flags = {"special_tokens": _flag("special_tokens", special_tokens)}
-    return Tokenize(stream=0, **given, **flags, control_tokens=_flag("control_tokens", control_tokens))
+    return Tokenize(
+        stream=0,
+        text=prompt.text,
+        messages=prompt.messages,
+        tools=prompt.tools,
+        reasoning_effort=prompt.reasoning_effort,
+        special_tokens=_flag("special_tokens", special_tokens),
+        control_tokens=_flag("control_tokens", control_tokens),
+    )
 
 
 def detokenize_message(token_ids: Any, control_tokens: Any = False, *, pieces: bool = False) -> Detokenize:

@@ -163,13 +163,14 @@ class Client:
         with unsent():
             return self._session.generate(generate_message(**arguments))
 
-    def resume(self, request_id: str, received: Iterable[int]) -> Generation:
+    def resume(self, request_id: str, received: Iterable[int], prompt_received: int = 0) -> Generation:
         """Go on with a request, of a lost connection or of another client's, behind its first tokens.
 
-        request_id: that of its `Generation.accepted()`. received: how many tokens of each sample the caller has.
+        request_id: that of its `Generation.accepted()`. received: how many tokens of each sample the caller has;
+        prompt_received: how many log-probabilities of the prompt.
         Raises InvalidRequest where the server has not granted the feature "resume", the iteration NotFound.
         """
-        return self._session.resume(request_id, received)
+        return self._session.resume(request_id, received, prompt_received)
 
     async def cancel_request(self, request_id: str) -> None:
         """Cancel a request by its id, whichever connection it is of. Raises NotFound."""
@@ -383,12 +384,12 @@ class SyncClient(OneProcess):
 
             return SyncGeneration(self._run(send), self._run)
 
-    def resume(self, request_id: str, received: Iterable[int]) -> SyncGeneration:
+    def resume(self, request_id: str, received: Iterable[int], prompt_received: int = 0) -> SyncGeneration:
         """As `Client.resume`; iterate with `for`."""
         tokens = [*received]
 
         async def send() -> Generation:
-            return self._client.resume(request_id, tokens)
+            return self._client.resume(request_id, tokens, prompt_received)
 
         return SyncGeneration(self._run(send), self._run)
 

@@ -87,6 +87,7 @@ class GenerateArguments(TypedDict, total=False):
     stop_token_ids: SupportsIndex | Iterable[Any]
     ignore_eos: bool
     logprobs: SupportsIndex | None
+    prompt_logprobs: SupportsIndex | None
     allowed_token_ids: SupportsIndex | Iterable[Any]
     bad_words: str | Iterable[str]
     max_thinking_tokens: SupportsIndex | None

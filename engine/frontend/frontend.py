@@ -308,6 +308,9 @@ class Frontend:
         if stream.book.is_rated:
             stream.book.level -= len(delta.token_ids)
         sample = stream.samples[delta.sample]
+        if delta.prompt_logprobs:
+            self.outlets.add_scores(stream, delta.prompt_logprobs)
+            return  # they come alone
         if delta.token_ids:
             pace = self._pace
             if sample.last_s == pace.before_s:

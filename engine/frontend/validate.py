@@ -181,8 +181,9 @@ def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) 
         _within("sampling.n", params.n, 1, config.max_samples)
     if params.seed is not None:
         _within("sampling.seed", params.seed, 0, MAX_SEED)
-    if params.logprobs is not None:
-        _within("sampling.logprobs", params.logprobs, 0, min(config.max_logprobs, model.vocab_size))
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None:
+            _within(f"sampling.{name}", count, 0, min(config.max_logprobs, model.vocab_size))
     if params.logit_bias:
         _count("sampling.logit_bias", params.logit_bias, config.max_logit_bias)
         token_ids("sampling.logit_bias", params.logit_bias, model.vocab_size)

@@ -24,6 +24,7 @@ FEATURE_OF_FIELD = {
 FEATURE_OF_PARAMETER = {
     **dict.fromkeys(("allowed_token_ids", "bad_words"), "masks"),
     "max_thinking_tokens": "parts",
+    "prompt_logprobs": "prompt_logprobs",
 }
 _fields, _parameters = attrgetter(*FEATURE_OF_FIELD), attrgetter(*FEATURE_OF_PARAMETER)
 _PLAIN, _PLAIN_PARAMETERS = _fields(Generate(stream=0)), _parameters(SamplingParams())

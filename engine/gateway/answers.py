@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import msgspec
 
 from cierzo import __version__
+from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.gateway.config import Reasoning
-from cierzo.engine.gateway.errors import unplanned
+from cierzo.engine.gateway.errors import encoded, unplanned
 from cierzo.engine.gateway.token_words import TokenWords, chat_entry, legacy_top, number
 from cierzo.engine.messages import Delta, Final, Part, SampleEnd, TokenLogprobs
 
@@ -39,6 +40,10 @@ class Events(Protocol):
 
     def end(self, final: Final) -> bytes:
         """Events at the end. Raises the CierzoError that the end is, if it is none that was planned."""
+        ...
+
+    def fail(self, error: CierzoError) -> bytes:
+        """Events at an end that was not planned."""
         ...
 
 
@@ -143,6 +148,10 @@ class _Stream:
             if (error := unplanned(end)) is not None:
                 raise error
         return b"".join([self._last(end) for end in final.samples])
+
+    def fail(self, error: CierzoError) -> bytes:
+        """The event with an error."""
+        return event(encoded(error))
 
     def _event(self, sample: int, said: bytes, logprobs: bytes) -> bytes:
         """An event; `said`: a field of the choice, or several."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any, NamedTuple
 
@@ -16,26 +17,29 @@ from cierzo.engine.frontend.tenants import Right
 from cierzo.engine.gateway import endpoints, site
 from cierzo.engine.gateway.backend import Backends, Caller
 from cierzo.engine.gateway.call import Call, Receive, Scope, Send
-from cierzo.engine.gateway.config import HttpConfig
-from cierzo.engine.gateway.endpoints import House
+from cierzo.engine.gateway.endpoints import answering
 from cierzo.engine.gateway.errors import NoSuchPath, WrongMethod
 from cierzo.engine.gateway.guard import App, Guard
+from cierzo.engine.gateway.house import House
 from cierzo.engine.messages import ModelInfo
 
 Handler = Callable[[House, Call], Awaitable[None]]
 METRICS_KIND = b"text/plain; version=0.0.4; charset=utf-8"
+WORDS_BYTES = 1024 * 1024  # of a body that is read on the event loop
 BEARER = "bearer "
 PROBES = ("startup", "live", "ready")
 
 
 class Row(NamedTuple):
-    """An endpoint. right: what a key needs for it, where there are keys; is_open: it wants no key at all."""
+    """An endpoint. right: what a key needs for it, where there are keys; is_open: it wants no key at all.
+    max_bytes: of a body, where `max_body_bytes` is too many."""
 
     method: str
     path: str
     handler: Handler
     right: Right | None = None
     is_open: bool = False
+    max_bytes: int = sys.maxsize
 
 
 async def models(house: House, call: Call) -> None:
@@ -78,8 +82,13 @@ async def version(house: House, call: Call) -> None:
 
 
 ROWS = (
-    Row("POST", "/v1/chat/completions", endpoints.chat),
-    Row("POST", "/v1/completions", endpoints.completions),
+    Row("POST", "/v1/chat/completions", answering("chat")),
+    Row("POST", "/v1/completions", answering("completions")),
+    Row("POST", "/v1/fim/completions", answering("fim")),
+    Row("POST", "/v1/responses", endpoints.responses),
+    Row("POST", "/tokenize", endpoints.tokenize, max_bytes=WORDS_BYTES),
+    Row("POST", "/detokenize", endpoints.detokenize, max_bytes=WORDS_BYTES),
+    Row("GET", "/tokenizer_info", endpoints.tokenizer_info, right="stats"),
     Row("GET", "/v1/models", models),
     Row("GET", "/v1/models/{name:path}", model),
     Row("GET", "/version", version, is_open=True),
@@ -102,9 +111,13 @@ class Endpoint:
             call.backend = await self._backends.admit(caller_of(call))
             if self._row.right is not None:
                 await call.backend.require(self._row.right)
-        if self._row.method == "POST":
-            await call.read(self._house.config)
-        await self._row.handler(self._house, call)
+        house = self._house
+        try:
+            if self._row.method == "POST":
+                await call.read(min(house.config.max_body_bytes, self._row.max_bytes), house.arriving)
+            await self._row.handler(house, call)
+        finally:
+            call.forget(house.arriving)
 
 
 def caller_of(call: Call) -> Caller:
@@ -121,9 +134,9 @@ def caller_of(call: Call) -> Caller:
     )
 
 
-def make_app(config: HttpConfig, backends: Backends, hosts: Collection[str] = ()) -> App:
+def make_app(house: House, backends: Backends, hosts: Collection[str] = ()) -> App:
     """The ASGI application. hosts: names under which it may be addressed, without ports; empty: any."""
-    house = House(config)
+    config = house.config
 
     def health(name: str) -> Handler:
         """Make the handler of a probe."""

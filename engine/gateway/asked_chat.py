@@ -12,7 +12,7 @@ from cierzo.engine.gateway.reading import Asked, Body, Rules, sequence
 
 
 def read_chat(body: bytes, rules: Rules) -> Asked:
-    """What a body asks for. Raises InvalidRequest with the field's place, and NotFound for another model."""
+    """Read what is asked for. Raises InvalidRequest with the field's place, and NotFound for another model."""
     read = Body("chat", body, CHAT, rules)
     turns = sequence(read.need("messages"), "messages")
     count("messages", turns, rules.max_turns)
@@ -23,7 +23,9 @@ def read_chat(body: bytes, rules: Rules) -> Asked:
         tools = sequence(read.given["tools"], "tools")
         arguments["tools"] = [_tool(tool, f"tools[{number}]", read.sieve) for number, tool in enumerate(tools)]
     _logprobs(read, "logprobs", "top_logprobs")
-    if isinstance(read.given.get("prompt_logprobs"), bool) or "top_prompt_logprobs" in read.given:
+    if type(number := read.given.get("prompt_logprobs")) is int and "top_prompt_logprobs" not in read.given:
+        arguments["prompt_logprobs"] = number  # as clients of vLLM say it
+    else:
         _logprobs(read, "prompt_logprobs", "top_prompt_logprobs")
     _continued(read)
     return read.asked()
@@ -33,7 +35,7 @@ def _turn(turn: Any, place: str, sieve: Sieve) -> dict[str, Any]:
     fields = sieve.served(turn, MESSAGE, place)
     if fields.get("role") == "developer":
         fields["role"] = "system"
-    elif "content" not in turn and fields.get("role") != "assistant":
+    if "content" not in turn and fields.get("role") != "assistant":
         what = f"{place}.content is missing"
         raise InvalidRequest(what, field=f"{place}.content", limit="needed", value="left out")
     if isinstance(content := fields.get("content"), list):
@@ -64,7 +66,6 @@ def _logprobs(read: Body, name: str, top: str) -> None:
     if not wanted and number:
         limit = f"left out, unless {name} is true"
         raise InvalidRequest(f"{top} must be {limit}", field=top, limit=limit, value=shown(number))
-    read.arguments.pop(name, None)
     if wanted:
         read.arguments[name] = number or 0
         read.places[f"sampling.{name}"] = read.places[name] = top

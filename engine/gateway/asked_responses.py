@@ -32,15 +32,17 @@ ROLES = ("user", "assistant", "system", "developer")
 
 
 def read_responses(body: bytes, rules: Rules) -> Asked:
-    """What a body asks for. Raises InvalidRequest with the field's place, and NotFound for another model."""
+    """Read what is asked for. Raises InvalidRequest with the field's place, and NotFound for another model."""
     read = Body("responses", body, RESPONSES, rules)
-    items = _items(read.need("input"))
-    count("input", items, rules.max_turns)
-    turns = _Turns(read)
+    given, turns = read.need("input"), _Turns(read)
     if "instructions" in read.given:
-        turns.add("instructions", role="system", content=item("body", read.given, "instructions", str))
-    for number, one in enumerate(items):
-        turns.take(one, "input" if isinstance(read.given["input"], str) else f"input[{number}]")
+        turns.add_text("instructions", "system", item("", read.given, "instructions", str))
+    if isinstance(given, str):
+        turns.add_text("input", "user", given)
+    else:
+        count("input", sequence(given, "input"), rules.max_turns)
+        for number, one in enumerate(given):
+            turns.take(one, f"input[{number}]")
     arguments = read.arguments
     arguments["messages"] = turns.turns
     arguments.setdefault("max_tokens", rules.model.max_model_len)
@@ -52,12 +54,6 @@ def read_responses(body: bytes, rules: Rules) -> Asked:
         read.places["reasoning_effort"] = "reasoning.effort"
     _logprobs(read)
     return read.asked()
-
-
-def _items(given: Any) -> list[Any]:
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    return sequence(given, "input")
 
 
 def _tool(tool: Any, place: str, sieve: Sieve) -> dict[str, Any]:
@@ -83,12 +79,18 @@ class _Turns:
         self.turns: list[dict[str, Any]] = []
         self._sieve = read.sieve
         self._places = read.places
+        self._places["messages"] = "input"
 
     def add(self, place: str, **turn: Any) -> dict[str, Any]:
         """Begin a turn, whose fields an error places at `place`."""
         self._places[f"messages[{len(self.turns)}]"] = place
         self.turns.append(turn)
         return turn
+
+    def add_text(self, place: str, role: str, text: str) -> None:
+        """Add a turn whose content is the body's field `place`."""
+        self._places[f"messages[{len(self.turns)}].content"] = place
+        self.add(place, role=role, content=text)
 
     def take(self, one: Any, place: str) -> None:
         """Take in the item at `place`."""
@@ -120,13 +122,16 @@ class _Turns:
         if turn is None:
             turn = self.add(place, role="assistant")
         calls = turn.setdefault("tool_calls", [])
-        self._places[f"messages[{len(self.turns) - 1}].tool_calls[{len(calls)}]"] = place
+        head = f"messages[{len(self.turns) - 1}].tool_calls[{len(calls)}]"
+        self._places |= {head: place, f"{head}.id": f"{place}.call_id"}
         calls.append(call)
 
     def _result(self, fields: dict[str, Any], place: str) -> None:
         result = {"role": "tool", "tool_call_id": item(place, fields, "call_id", str)}
         if "name" in fields:
             result["name"] = item(place, fields, "name", str)
+        head = f"messages[{len(self.turns)}]"
+        self._places |= {f"{head}.tool_call_id": f"{place}.call_id", f"{head}.content": f"{place}.output"}
         self.add(place, **result, content=self._content(fields, "output", place))
 
     def _thought(self, fields: dict[str, Any], place: str) -> None:

@@ -4,7 +4,7 @@ connection (`remote`)."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, Unpack
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import msgspec
 
@@ -66,6 +66,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """The request is over: what still runs of it is cancelled."""
+        ...
+
+
+@runtime_checkable
+class Packing(Protocol):
+    """A backend that takes messages as they are packed: nobody in this process reads a long one."""
+
+    def generate_packed(self, message: bytes, deadline_s: float | None) -> Generation:
+        """Ask for an answer by the MessagePack of a `Generate`. Its stream is the number of such requests so far at
+        this backend, from 1. deadline_s: what it says of that."""
         ...
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
+from cierzo.engine.frontend.pool import Pool
 from cierzo.engine.gateway.backend import Backend
-from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.errors import BodyTooLarge, Headers, WrongMediaType
 
 Scope = MutableMapping[str, Any]
@@ -15,8 +14,15 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[Event], Any]
 PIECE_BYTES = 128 * 1024  # of a long body, written at a time
+UNCOUNTED_BYTES = 64 * 1024  # of a body, as much as the connection keeps besides
+RETRY_AFTER_S = 1.0
+ANYBODY = "default"
 JSON = b"application/json"
 NONE: Headers = []
+
+
+class Gone(Exception):
+    """The caller has gone away: there is nobody to answer."""
 
 
 class Call:
@@ -25,7 +31,10 @@ class Call:
     request_id: the caller's own name of it, or one that was made. headers: of the answer, beside the usual ones.
     """
 
-    __slots__ = ("_receive", "_send", "backend", "body", "fields", "has_begun", "headers", "request_id", "scope")
+    __slots__ = (
+        *("_counted", "_num_bytes", "_receive", "_send", "backend", "body"),
+        *("fields", "has_begun", "headers", "request_id", "scope"),
+    )
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, fields: dict[bytes, bytes], request_id: str
@@ -37,6 +46,7 @@ class Call:
         self.body = b""
         self.has_begun = False
         self.backend: Backend | None = None
+        self._num_bytes = self._counted = 0
         self._receive = receive
         self._send = send
 
@@ -50,8 +60,9 @@ class Call:
         """A header of the request, "" if it has none of this name."""
         return self.fields.get(name, b"").decode("latin-1")
 
-    async def read(self, config: HttpConfig) -> None:
-        """Read the body. Raises WrongMediaType for what is no plain JSON, and BodyTooLarge."""
+    async def read(self, most: int, arriving: Pool) -> None:
+        """Read the body, of so many bytes at most. arriving: what all long bodies count in. Raises WrongMediaType
+        for what is no plain JSON, BodyTooLarge, Overloaded, and Gone if the caller goes away."""
         kind = self.field(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
             what = f"the body must be application/json, and is {kind or 'of no media type'}"
@@ -60,21 +71,39 @@ class Call:
         if coding not in ("", "identity"):
             what = f"a body that is {coding} is not taken: send it plain"
             raise WrongMediaType(what, field="content-encoding", limit="identity", value=coding)
-        most = config.max_body_bytes
         announced = self.field(b"content-length")
         if announced.isdecimal() and int(announced) > most:
             raise _too_large(most, announced)
-        pieces, num_bytes, more = [], 0, True
+        pieces, more = [], True
         while more:
             event = await self._receive()
             if event["type"] == "http.disconnect":
-                raise asyncio.CancelledError
+                raise Gone
             pieces.append(event.get("body", b""))
-            num_bytes += len(pieces[-1])
-            if num_bytes > most:
+            self._num_bytes += len(pieces[-1])
+            if self._num_bytes > most:
                 raise _too_large(most, f"more than {most}")
+            if self._num_bytes > UNCOUNTED_BYTES:
+                self._count(arriving, self._num_bytes)
             more = event.get("more_body", False)
         self.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def forget(self, arriving: Pool) -> None:
+        """Let go of the body: all that it says is known."""
+        self.body = b""
+        self._count(arriving, 0)
+
+    def _count(self, arriving: Pool, num_bytes: int) -> None:
+        """Take so much of the pool, in place of what was taken before. Raises Overloaded."""
+        more = num_bytes - self._counted
+        arriving.require(ANYBODY, more, RETRY_AFTER_S)
+        arriving.add(ANYBODY, more)
+        self._counted = num_bytes
+
+    def pass_over(self, names: Iterable[str]) -> None:
+        """Tell the names of fields that were not looked at."""
+        if told := ", ".join(names):
+            self.headers.append((b"x-passed-over", told.encode("ascii", "backslashreplace")))
 
     async def gone(self) -> None:
         """Wait until nobody waits for the answer any more."""

@@ -39,9 +39,12 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_body_bytes: Annotated[int, Meta(ge=1024, description="longest body of an HTTP request, bytes")] = (
         16 * 1024 * 1024
     )
+    max_arriving_bytes: Annotated[
+        int, Meta(ge=1, description="bytes of all long bodies that have come and were not read yet")
+    ] = 256 * 1024 * 1024
     max_body_depth: Annotated[int, Meta(ge=4, le=512, description="levels of nesting in such a body")] = 64
     max_prompts: Annotated[int, Meta(ge=1, description="prompts in one request for completions")] = 128
-    max_answer_bytes: Annotated[int, Meta(ge=1, description="bytes of an HTTP answer that is no stream")] = (
+    max_whole_bytes: Annotated[int, Meta(ge=1, description="bytes of an HTTP answer that is no stream")] = (
         64 * 1024 * 1024
     )
     max_joined_bytes: Annotated[

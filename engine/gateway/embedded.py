@@ -40,6 +40,7 @@ from cierzo.engine.messages import (
     Detokenized,
     Failure,
     Final,
+    Generate,
     GetHealth,
     GetStats,
     GetTokenizer,
@@ -58,6 +59,9 @@ from cierzo.engine.text.prompt import PromptEncoder
 FEATURES = frozenset((ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "tokenize", "trace"))
 RETRY_AFTER_S = 1.0
 CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
+CREDIT_S = 1.0  # and after so long whatever has been
+FIRST_QUESTION = 1 << 20  # stream ids of what is no generation
+_NOTHING = Generate(stream=0)  # an inbox keeps its request for servers that are to hear it again
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
 
 
@@ -95,7 +99,7 @@ class Desk:
     """The engine for one HTTP request."""
 
     __slots__ = (
-        *("__weakref__", "_calls", "_house", "_inboxes", "_is_connected", "_next_stream"),
+        *("__weakref__", "_calls", "_house", "_inboxes", "_is_connected", "_num_asked", "_num_generated", "_timer"),
         *("access", "features", "is_paused", "loop", "peer"),
     )
 
@@ -108,21 +112,34 @@ class Desk:
         self._house = house
         self._inboxes: dict[int, Inbox] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._next_stream = 0
+        self._num_generated = self._num_asked = 0
+        self._timer: asyncio.TimerHandle | None = None
         self._is_connected = False
 
     # --- Backend ---------------------------------------------------------------------------------------
 
     def generate(self, **arguments: Unpack[GenerateArguments]) -> Generation:
         """Ask for an answer; as `Client.generate`."""
-        self._connect()
-        message = msgspec.structs.replace(generate_message(**arguments), stream=self._new_stream())
-        inbox = Inbox(self, message, [])
-        inbox.stream, inbox.settles_at, inbox.request = message.stream, self._house.credit_part, None
-        self._inboxes[message.stream] = inbox
-        inbox.sent(False)
-        self._house.methods.dispatch(self, message)
+        message = generate_message(**arguments)
+        inbox = self._inbox()
+        self._house.methods.dispatch(self, msgspec.structs.replace(message, stream=inbox.stream))
         return Generation(inbox)
+
+    def generate_packed(self, message: bytes, deadline_s: float | None) -> Generation:
+        """Ask for an answer by the MessagePack of a `Generate`, which nobody reads here."""
+        inbox = self._inbox()
+        self._house.methods.generate_large(self, inbox.stream, bytearray(message), deadline_s)
+        return Generation(inbox)
+
+    def _inbox(self) -> Inbox:
+        """Where the next answer comes in."""
+        self._connect()
+        self._num_generated += 1
+        inbox = Inbox(self, _NOTHING, [])
+        inbox.stream, inbox.settles_at, inbox.request = self._num_generated, self._house.credit_part, None
+        self._inboxes[inbox.stream] = inbox
+        inbox.sent(False)
+        return inbox
 
     async def health(self) -> Health:
         """The state of the engine."""
@@ -168,7 +185,8 @@ class Desk:
     async def _ask(self, message: ClientMessage) -> Any:
         """Ask what has one answer, and wait for it."""
         self._connect()
-        stream = self._new_stream()
+        self._num_asked += 1
+        stream = FIRST_QUESTION + self._num_asked
         answer = self._calls[stream] = self.loop.create_future()
         try:
             self._house.methods.dispatch(self, msgspec.structs.replace(message, stream=stream))
@@ -180,6 +198,8 @@ class Desk:
         """The request is over: what still runs of it is cancelled."""
         if self._is_connected:
             self._is_connected = False
+            if self._timer is not None:
+                self._timer.cancel()
             self._house.frontend.disconnect(self)
 
     def _connect(self) -> None:
@@ -187,10 +207,6 @@ class Desk:
         if not self._is_connected:
             self._house.frontend.connect(self)
             self._is_connected = True
-
-    def _new_stream(self) -> int:
-        self._next_stream += 1
-        return self._next_stream
 
     # --- Sink ------------------------------------------------------------------------------------------
 
@@ -263,9 +279,17 @@ class Desk:
         inbox.unsettled += cost
         if inbox.unsettled >= inbox.settles_at:
             self.settle(inbox)
+        elif self._timer is None and self._is_connected:
+            self._timer = self.loop.call_later(CREDIT_S, self._settle_all)
 
     def settle(self, inbox: Inbox) -> None:
         """Give credit back for what was consumed."""
         if inbox.unsettled and self._is_connected and self._inboxes.get(inbox.stream) is inbox:
             self._house.methods.dispatch(self, Credit(stream=inbox.stream, bytes=inbox.unsettled))
             inbox.unsettled = 0
+
+    def _settle_all(self) -> None:
+        """Once in a while, what is too little to be given back by itself: a slow reader is no idle one."""
+        self._timer = None
+        for inbox in [*self._inboxes.values()]:
+            self.settle(inbox)

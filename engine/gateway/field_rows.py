@@ -158,7 +158,7 @@ COMPLETIONS = table(
     refused("add_special_tokens", "token ids are taken as they are", True),
 )
 FIM = table(
-    *(MODEL, SAMPLING, STREAMED, EXTRAS, over("metadata", "prompt_cache_key")),
+    *(MODEL, SAMPLING, STREAMED, over("metadata", "prompt_cache_key")),
     served("prompt", note="the text before the answer"),
     served("suffix", "suffix", "the text behind it; left out: the prompt is gone on with"),
     served("max_tokens", "max_tokens", "left out: what the context leaves"),
@@ -269,6 +269,7 @@ RESPONSES = table(
     served("include", note="message.output_text.logprobs; others name what no answer here has"),
     served("stream_options", note="with stream true alone", inner=table(STREAM_OPTIONS["include_obfuscation"])),
     *over("max_tool_calls", note="it counts calls of tools that a hosted service runs"),
+    refused("n", "a response is one answer", 1),
     refused("background", _NO_STORE, False),
     refused("background_options", _NO_STORE),
     refused("conversation", _NO_STORE),

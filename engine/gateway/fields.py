@@ -1,7 +1,8 @@
 """A table of every field of a request's body: served, harmless and passed over, or refused by name, and why.
 
 It has every field of the types of OpenAI's and Mistral's own clients (a test walks them), those that clients of
-vLLM send, and ours. docs/http-fields.md is made of it. `field_rows` has the rows, `Sieve` holds a body against them.
+vLLM send, and ours. `field_rows` has the rows, docs/http-fields.md is made of them, and `Sieve` holds a body
+against them.
 """
 
 from __future__ import annotations

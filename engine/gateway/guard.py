@@ -12,7 +12,7 @@ from ipaddress import ip_address
 
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, InvalidRequest
-from cierzo.engine.gateway.call import JSON, Call, Event, Receive, Scope, Send
+from cierzo.engine.gateway.call import JSON, Call, Event, Gone, Receive, Scope, Send
 from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class Guard:
             await self._app(scope, receive, _told(call, send))
         except CierzoError as error:
             await _refuse(call, error)
+        except Gone:
+            pass
         except Exception as error:
             log.exception("the request %s failed", call.request_id)
             await _refuse(call, CierzoError(f"internal error: {type(error).__name__}"))

@@ -1,7 +1,7 @@
 """The JSON of a request's body, read strictly: what one reader takes for this and another for that is refused.
 
-RFC 8259 leaves open what equal keys, numbers beyond a double and halves of surrogate pairs mean. Here they are errors,
-as are NaN, Infinity, a byte order mark, and nesting beyond a stated depth. Each error names the place.
+RFC 8259 leaves open what equal keys, numbers beyond a double and halves of surrogate pairs mean. Here they are
+errors, as are NaN, Infinity, a byte order mark, and nesting beyond a stated depth. Each error names the place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import shown
+from cierzo.engine.frontend.bounds import MAX_SHOWN_CHARS, shown
 from cierzo.engine.text.unicode import refuse_surrogates
 
 PLACE = "body"  # the field of an error about all of it
@@ -111,10 +111,10 @@ def place_of(path: list[str | int]) -> str:
     for step in path:
         if isinstance(step, int):
             place += f"[{step}]"
-        elif _NAME.fullmatch(step):
+        elif len(step) <= MAX_SHOWN_CHARS and _NAME.fullmatch(step):
             place += f".{step}"
         else:
-            place += f"[{ascii(shown(step))}]"
+            place += f"[{shown(step)!a}]"
     return place.removeprefix(".") or PLACE
 
 

@@ -1,4 +1,4 @@
-"""What the bodies of all endpoints have in common, between the JSON and what is asked of the engine."""
+"""Rules, results and steps that reading a body has in common for all endpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound
 from cierzo.engine.frontend.bounds import shown
-from cierzo.engine.gateway.fields import Sieve, Table
+from cierzo.engine.gateway.fields import Sieve, Table, at
 from cierzo.engine.gateway.json_body import read_object
 from cierzo.engine.messages import ModelInfo
 
@@ -23,7 +23,7 @@ _in_a_function = re.compile(
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What a body is held against.
+    """Limits and names that a body is held against.
 
     names: of the served model, beside `model.name`. lenient: unknown fields are passed over, and named.
     """
@@ -37,13 +37,13 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a body asks of the engine, and of the answer.
+    """A request: what its body asks of the engine, and of the answer.
 
     arguments: keywords of `Client.generate`; `deltas` among them follows `stream`. model: its name, as the body has
     it. given: what the body says and is served, by its own names, for answers that repeat it.
     continuous_usage: the usage in each event. echo: the prompt comes before the answer. drops_output: the answer's
-    own token, of which the engine makes at least one, is not wanted. as_token_ids: token:17 stands for a token's text.
-    passed_over: names of fields that were not looked at, fit for a header.
+    own token, of which the engine makes at least one, is not wanted. as_token_ids: token:17 stands for a text of
+    a token. passed_over: names of fields that were not looked at, fit for a header.
     places: fields as the engine names them -> as the body does, for `in_body`.
     """
 
@@ -183,7 +183,8 @@ def in_body(error: CierzoError, asked: Asked) -> CierzoError:
     if field is None or (place := _place(field, asked)) == field:
         return error
     told = copy.copy(error)
-    told.field, told.message = place, error.message.replace(field, place)
+    told.field = place
+    told.message = re.sub(rf"(?<![\w.]){re.escape(field)}(?!\w)", lambda _: place, error.message)
     told.args = (told.message,)
     return told
 
@@ -204,8 +205,8 @@ def _heads(field: str) -> Iterator[str]:
 
 
 def item(place: str, values: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A field of an object within the body, of one type. Raises InvalidRequest for another one, or if it is missing."""
-    field, limit = f"{place}.{name}", {str: "a text", list: "a list"}[kind]
+    """A field of an object at `place`, of one type. Raises InvalidRequest for another one, or if it is missing."""
+    field, limit = at(place, name), {str: "a text", list: "a list"}[kind]
     if name not in values:
         raise InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
     if not isinstance(values[name], kind):

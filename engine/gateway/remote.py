@@ -1,7 +1,7 @@
 """The engine at the other end of RPC connections: a client for each key that callers bring.
 
-The server decides who may come: a key is handed on as it is. One that was refused is not tried again for a moment, so
-that guessing costs the server little.
+The server decides who may come: a key is handed on as it is. One that was refused is not tried again for a moment,
+so that guessing costs the server little.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from cierzo.engine.gateway.app import make_app
 from cierzo.engine.gateway.backend import Backends
 from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.guard import allowed_hosts
+from cierzo.engine.gateway.house import House
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ class HttpServer:
         self._server: asyncio.Server | None = None
         self._socket_path: str | None = None
         self._empty = asyncio.Event()
+        self._house = House(config)
         self.uvicorn = uvicorn.Config(
             self._app(backends),
             log_config=None,
@@ -210,6 +212,7 @@ class HttpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._house.close()
         await server.wait_closed()
         if self._socket_path is not None and os.path.exists(self._socket_path):
             os.unlink(self._socket_path)
@@ -221,7 +224,7 @@ class HttpServer:
     def _app(self, backends: Backends) -> Any:
         address = parse_address(self.config.http)
         hosts = () if isinstance(address, UnixAddress) else allowed_hosts(address.host, self.config.http_host)
-        return make_app(self.config, backends, hosts)
+        return make_app(self._house, backends, hosts)
 
     def _protocol(self) -> asyncio.Protocol:
         """Whatever a peer meets first."""

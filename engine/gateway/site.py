@@ -15,8 +15,8 @@ import msgspec
 from cierzo import __version__
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.gateway.call import Call
-from cierzo.engine.gateway.endpoints import House
 from cierzo.engine.gateway.errors import Headers
+from cierzo.engine.gateway.house import House
 from cierzo.engine.gateway.state import state_of
 
 FOLDER = Path(__file__).with_name("page")

@@ -8,18 +8,19 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Generation
-from cierzo.engine.gateway.answers import DONE, Events, event
+from cierzo.engine.gateway.answers import Events
 from cierzo.engine.gateway.call import Call
-from cierzo.engine.gateway.errors import Headers, encoded
-from cierzo.engine.gateway.token_words import TokenWords, tokens_of
+from cierzo.engine.gateway.errors import Headers
+from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import Delta, Final
 
 KIND = b"text/event-stream; charset=utf-8"
 HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 COMMENT = b": \n\n"
 T = TypeVar("T")
-WRITE_BYTES = 32 * 1024  # of events, written at a time
+WRITE_BYTES = 16 * 1024  # of events, written at a time
 
 
 class Run(NamedTuple):
@@ -54,9 +55,9 @@ async def heard(call: Call, generations: Sequence[Generation]) -> AsyncIterator[
 async def stream(
     call: Call, runs: Sequence[Run], last: Callable[[list[Final]], bytes], comment_s: float = 0.0
 ) -> None:
-    """Answer by the events of all `runs`, and after a good end by those of `last`, and by [DONE].
+    """Answer by the events of all `runs`, and after a good end by those of `last`.
 
-    What is refused before it begins is raised. What goes wrong later is told by an event with the error, which is
+    What is refused before it begins is raised. What goes wrong later is told by events with the error, which are
     the last. comment_s: seconds of silence after which there is a comment; 0: none.
     """
     async with heard(call, [run.generation for run in runs]):
@@ -67,9 +68,9 @@ async def stream(
                 await call.write(events)
         try:
             finals = await together(*(_told(call, run, comment_s) for run in runs))
-            await call.end(last(finals) + DONE)
+            await call.end(last(finals))
         except CierzoError as error:
-            await call.end(event(encoded(error)))
+            await call.end(runs[0].events.fail(error))
 
 
 async def _accepted(run: Run) -> int:
@@ -106,33 +107,37 @@ async def _told(call: Call, run: Run, comment_s: float) -> Final:
 
 
 async def _tell(call: Call, run: Run, timeout_s: float | None) -> None:
-    """Tell what comes until nothing more does."""
+    """Tell what comes until nothing more does. What is told is used, and not before: the engine makes no more than
+    a reader takes."""
     generation, events = run.generation, run.events
     while True:
         try:
-            deltas = await generation.next_batch(timeout_s)
+            deltas, cost = await generation.take_batch(timeout_s)
         except TimeoutError:
             await call.write(COMMENT)
             continue
         if not deltas:
             return
         if run.words is not None:
-            for delta in deltas:
-                await run.words.learn(call.engine, tokens_of(delta.logprobs or ()))
-        if len(deltas) == 1:
-            if told := events.take(deltas):
-                await call.write(told)
-        else:
-            await _write(call, events, deltas)
+            await run.words.learn_all(call.engine, deltas)
+        if len(deltas) > 1:
+            cost -= await _write(call, run, deltas)
+        elif told := events.take(deltas):
+            await call.write(told)
+        generation.used(cost)
 
 
-async def _write(call: Call, events: Events, deltas: Sequence[Delta]) -> None:
-    """Write the events of many deltas, a bounded part at a time."""
-    waiting = bytearray()
+async def _write(call: Call, run: Run, deltas: Sequence[Delta]) -> int:
+    """Write the events of many deltas, a bounded part at a time; the cost of those that are known to be used."""
+    waiting, cost, used = bytearray(), 0, 0
     for delta in deltas:
-        waiting += events.take([delta])
+        waiting += run.events.take([delta])
+        cost += delta_cost(delta)
         if len(waiting) >= WRITE_BYTES:
             await call.write(bytes(waiting))
             waiting.clear()
+            run.generation.used(cost)
+            used, cost = used + cost, 0
     if waiting:
         await call.write(bytes(waiting))
+    return used

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from cierzo.engine.gateway.backend import Backend
-from cierzo.engine.messages import TokenLogprobs
+from cierzo.engine.messages import Delta, TokenLogprobs
 
 LOWEST = -9999.0  # JSON has no infinity; a probability of zero is told like this
 _encode = msgspec.json.encode
@@ -33,6 +33,12 @@ class TokenWords:
         """Ask for the bytes of tokens that are not known yet."""
         if unknown := [*{token_id for token_id in token_ids if token_id not in self._bytes}]:
             self._bytes.update(zip(unknown, await backend.token_bytes(unknown), strict=True))
+
+    async def learn_all(self, backend: Backend, deltas: Iterable[Delta]) -> None:
+        """Ask for those of all log-probabilities in new output."""
+        for delta in deltas:
+            if delta.logprobs:
+                await self.learn(backend, tokens_of(delta.logprobs))
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token."""

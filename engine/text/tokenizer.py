@@ -135,8 +135,8 @@ class Tokenizer:
         ids = self._ids(self._controls.call_all(text), "text")
         if alone:
             return ids
-        begins = ids[: len(self._before)] == self._before
-        return [*([] if begins else self._before), *ids, *self._after]
+        before = [] if ids[: len(self._before)] == self._before else self._before
+        return [*before, *ids, *self._after]
 
     def encode_middle(self, text: str, suffix: str) -> list[int]:
         """Token ids of the prompt for what comes between two texts. Raises InvalidRequest where the vocabulary has

@@ -26,7 +26,7 @@ class Vocabulary(TokenSizes, Protocol):
     strip_leading_space: bool
     eos_token: str
     eos_token_id: int | None
-    spellings: Mapping[str, str]  # of tokens with a role, by its name, such as "bos_token"
+    spellings: dict[str, str]  # of tokens with a role, by its name, such as "bos_token"
 
     @property
     def special_ids(self) -> Mapping[str, int]:

@@ -47,9 +47,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.conversation": (),
     "engine.core_stats": ("engine.expert_statistics",),
+    "engine.questions": ("engine.conversation", "engine.core_stats"),
     "engine.messages": (
         *("scheduler.params", "scheduler.plan"),
-        *("engine.conversation", "engine.core_stats", "engine.expert_statistics"),
+        *("engine.conversation", "engine.core_stats", "engine.expert_statistics", "engine.questions"),
     ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
@@ -123,7 +124,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine.gateway": (
         *("engine.gateway", "engine.frontend", "engine.text", "engine.messages", "engine.conversation"),
-        *("engine.settings", "engine.errors"),
+        *("engine.settings", "engine.errors", "engine.server_process"),
     ),
     "engine.testing": (
         *("engine.testing", "engine.frontend", "engine.text", "engine.messages", "engine.errors"),

@@ -45,9 +45,9 @@ OF_A_FEATURE = {
 FEATURE_FIELDS = {
     "Welcome": {"features"},
     "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
-    "Final": {"cost"},
+    "Final": {"cost", "prompt_logprobs"},
     "Health": {"startup", "live", "ready", "notes"},
-    "Delta": {"parts"},
+    "Delta": {"parts", "prompt_logprobs"},
     "SampleEnd": {"parts", "broken_calls"},
     "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},
 }

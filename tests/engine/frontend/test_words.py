@@ -266,8 +266,8 @@ def test_a_text_of_tokens_that_is_too_long_is_refused(monkeypatch):
     monkeypatch.setattr(wording_module, "MAX_TEXT_BYTES", 10)
     asked = Wording(marked_prompts(), FrontendConfig(), fake_model())
     assert asked.answer(Detokenize(stream=1, token_ids=[65] * 10)).text == "A" * 10
-    with pytest.raises(InvalidRequest, match="11 bytes"):
-        asked.answer(Detokenize(stream=1, token_ids=[65] * 11))
+    with pytest.raises(InvalidRequest, match="14 bytes"):
+        asked.answer(Detokenize(stream=1, token_ids=[ID_OF["[THINK]"]] * 2))
 
 
 def test_without_a_tokenizer_there_are_no_words(run, serving):

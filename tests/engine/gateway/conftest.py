@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+import uvloop
 from http_house import HttpHouse
 
 
@@ -27,3 +29,14 @@ def opening() -> Iterator[Callable[..., HttpHouse]]:
 @pytest.fixture
 def house(opening: Callable[..., HttpHouse]) -> HttpHouse:
     return opening("Hello there.")
+
+
+@pytest.fixture
+def run() -> Callable[..., None]:
+    """Run a test's coroutine."""
+
+    async def limited(body: Coroutine[Any, Any, None], limit_s: float) -> None:
+        async with asyncio.timeout(limit_s):
+            await body
+
+    return lambda body, limit_s=20.0: uvloop.run(limited(body, limit_s))

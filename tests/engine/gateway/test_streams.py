@@ -167,8 +167,8 @@ def test_one_prompt_of_several_that_fails_ends_all(either):
 
 def test_what_is_put_together_is_bounded(opening):
     asks = CHAT | {"logprobs": True, "top_logprobs": 2}
-    one = opening("x" * 2000, http={"max_answer_bytes": 10_000}).post(CHATS, asks)
-    assert (one.status_code, one.json()["error"]["param"]) == (400, "max_answer_bytes")
+    one = opening("x" * 2000, http={"max_whole_bytes": 10_000}).post(CHATS, asks)
+    assert (one.status_code, one.json()["error"]["param"]) == (400, "max_whole_bytes")
     house = opening("x" * 2000, http={"max_joined_bytes": 10_000})
     full = house.post(CHATS, asks)
     assert (full.status_code, full.json()["error"]["param"]) == (429, "max_joined_bytes")
