@@ -129,9 +129,12 @@ export class Answer {
   }
 
   fail(message) {
+    this.wrong = message;
     this.keepEnd(() => {
-      this.finish("failed");
+      this.waits.remove();
+      this.draw();
       this.add("p", "wrong", message);
+      this.finish("failed");
     });
   }
 
@@ -152,7 +155,7 @@ export class Answer {
   }
 
   facts(why) {
-    const said = { stop: "", tool_calls: "waits for results", length: "cut off at its length", stopped: "stopped" };
+    const said = { stop: "", failed: "", tool_calls: "waits for results", length: "cut off at its length", stopped: "stopped" };
     const facts = [said[why] ?? why];
     const tokens = this.usage?.completion_tokens;
     const seconds = (performance.now() - this.began - this.first) / 1000;
@@ -222,7 +225,7 @@ export class Answer {
 
   // What a screen reader is told at the end.
   spoken() {
-    return this.reason === "failed" ? this.element.lastElementChild.textContent : `Answer: ${this.text() || "no text"}`;
+    return this.wrong ?? `Answer: ${this.text() || "no text"}`;
   }
 }
 

@@ -82,10 +82,10 @@ export class Live {
   take(state) {
     this.pause = EVERY_MS;
     const before = this.last;
+    this.last = state;
     if (before && state.uptime_s < before.uptime_s) this.states = []; // another server, whose counters began anew
     this.states = [...this.states, state].slice(-RECENT - 1);
     this.push(pointOf(state, before, this.states[0]));
-    this.last = state;
     for (const cell of document.querySelectorAll("[data-of]")) {
       const value = state[cell.dataset.of];
       cell.textContent = cell.dataset.of === "uptime_s" ? uptime(value) : whole(value);
@@ -125,8 +125,7 @@ export class Live {
   figures(why) {
     byId("no-figures").hidden = !why;
     byId("no-figures").textContent = why ?? "";
-    for (const id of ["tiles", "counts"]) byId(id).hidden = Boolean(why);
-    if (why) byId("tenants").hidden = true;
+    byId("figures").hidden = Boolean(why);
   }
 
   tenants(tenants) {

@@ -327,16 +327,19 @@ def test_nothing_is_wider_than_the_window(window: Browser, page: PageServer, siz
     window.shows("#state", "ready")
     window.one("#settings summary").click()
     width = "return document.documentElement.scrollWidth"
+    wide = "return [...document.querySelectorAll('.figure')].filter((e) => e.scrollWidth > e.clientWidth).length"
     assert window.run(width) <= size[0]
     if size[0] > 960:
         assert window.one("#chat").is_displayed()
         assert window.one("#live").is_displayed()
+        assert window.run(wide) == 0
         return
     assert not window.one("#live").is_displayed()
     window.one("nav [data-view=live]").click()
     assert window.one("#live").is_displayed()
     assert not window.one("#chat").is_displayed()
     assert window.run(width) <= size[0]
+    assert window.run(wide) == 0
 
 
 def test_every_control_is_reached_by_tab_and_has_a_name(window: Browser, page: PageServer) -> None:
