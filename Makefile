@@ -63,14 +63,14 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 1
 test: $(KERNELS) ## run the whole test suite
 	$(PYTEST)
 
-# GPU kernels, whole models, simulated loads, benchmarks, and cores in processes of their own.
+# GPU kernels, whole models, simulated loads, benchmarks, cores in processes of their own, and what needs a browser.
 SLOW = bench kernels/triton kernels/cuda kernels/test_native.py engine/test_exact.py engine/test_expert_counting.py \
   engine/test_gpu_engine.py engine/test_graphs.py engine/test_llm.py engine/test_memory.py \
   engine/test_no_round_trip.py engine/test_oracle.py engine/test_oracle_engine.py engine/test_overlap.py \
   engine/test_pipe.py engine/test_published.py engine/test_smollm2_oracle.py \
   engine/test_weights_gguf.py engine/test_weights_packed.py engine/frontend/test_core_process.py \
-  engine/frontend/test_device_fault.py
-quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models and benchmarks
+  engine/frontend/test_device_fault.py engine/gateway/test_page.py engine/gateway/test_page_chat.py
+quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models, benchmarks and the browser
 	$(PYTEST) $(SLOW:%=--ignore=tests/%)
 
 lint: $(STAMP) ## check style, format and types

@@ -31,6 +31,7 @@ RUNTIME = [
 ]
 DEMO = ["gguf>=0.17"]
 BENCH = ["matplotlib>=3.8"]  # the pictures of bench/peers
+GATEWAY = ["starlette>=1.0", "uvicorn>=0.50", "httptools>=0.8"]  # the HTTP door
 CUDA = ["triton>=3.6", "cupy-cuda13x>=13.6"]  # what compiles and launches the kernels for GPUs
 TEST = [
     "setuptools>=77",
@@ -44,11 +45,14 @@ TEST = [
     "psutil>=6",
     "trustme>=1.2",
     "pyyaml>=6",
+    "selenium>=4.30",  # the page in a browser, by Debian's chromium and chromium-driver
     "basedpyright>=1.31",  # types as users of the client see them
     "triton>=3.6",  # kernels are interpreted and compiled without a GPU; torch for CUDA asks for one version of it
     "nvidia-cuda-nvrtc==13.0.*",  # compiles CUDA C++ without a GPU
     "ruff>=0.9",
     "mypy>=1.14",
+    "openai>=3.50",  # the clients that people have, against the HTTP door
+    "mistralai>=3.7",
 ]
 
 KERNELS = Path("src/cierzo/kernels/cpu")
@@ -157,8 +161,9 @@ setup(
         "cierzo": ["py.typed"],
         "cierzo.kernels.cuda": ["*.cu", "*.cuh"],
         "cierzo.engine.cost": ["*.json"],
+        "cierzo.engine.gateway": ["page/*"],
     },
     install_requires=RUNTIME,
-    extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "test": DEMO + TEST},
+    extras_require={"cuda": CUDA, "demo": DEMO, "bench": BENCH, "gateway": GATEWAY, "test": DEMO + GATEWAY + TEST},
     entry_points={"console_scripts": ["cierzo=cierzo.__main__:main"]},
 )

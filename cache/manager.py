@@ -87,17 +87,19 @@ class KVCacheManager:
         self._reset(blocks)
         return blocks
 
-    def admit(self, blocks: SequenceBlocks, reserve_blocks: int = 0) -> int | None:
+    def admit(
+        self, blocks: SequenceBlocks, reserve_blocks: int = 0, findable_tokens: int = sys.maxsize
+    ) -> int | None:
         """Give an empty handle the blocks of all its known tokens: how many tokens are computed already, or None.
 
-        Takes the longest indexed prefix, but leaves at least one token to compute, and allocates the rest. None
-        (nothing changed) if fewer than `reserve_blocks` would stay free.
+        Takes the longest indexed prefix of at most `findable_tokens`, but leaves at least one token to compute, and
+        allocates the rest. None (nothing changed) if fewer than `reserve_blocks` would stay free.
         """
         assert not blocks.block_ids, "admit on a handle that holds blocks"
         room = self._pool.num_free - reserve_blocks
-        if blocks.refused_blocks > room and not self._match_may_have_grown(blocks):
+        if blocks.refused_blocks > room and not self._match_may_have_grown(blocks, findable_tokens):
             return None
-        matched = self._match(blocks)
+        matched = self._match(blocks, findable_tokens)
         total = self.blocks_for(len(blocks.tokens))
         need = total - sum(1 for node in matched if self._pool.is_held(node.block_id))
         if need > room:
@@ -112,13 +114,13 @@ class KVCacheManager:
         self._announce(blocks)
         return len(matched) * self.block_tokens
 
-    def is_coming(self, blocks: SequenceBlocks) -> bool:
+    def is_coming(self, blocks: SequenceBlocks, findable_tokens: int = sys.maxsize) -> bool:
         """Whether the first block that an empty handle would not find is the next one that another computes.
 
         Then it is worth waiting for; whoever is admitted now computes it a second time. Digests alone are compared:
         a collision costs a wait. O(1), but for what the index has gained since the last call.
         """
-        last = (len(blocks.tokens) - 1) // self.block_tokens if self._coming else 0
+        last = self._findable_blocks(blocks, findable_tokens) if self._coming else 0
         position = blocks.num_found
         while position < last and self._content(blocks, position).digest in self._index:
             position += 1
@@ -173,13 +175,17 @@ class KVCacheManager:
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _match(self, blocks: SequenceBlocks) -> list[PrefixNode]:
-        """Nodes of the longest indexed prefix that leaves at least one known token to compute."""
+    def _findable_blocks(self, blocks: SequenceBlocks, findable_tokens: int) -> int:
+        """Leading blocks that may be found; at least one known token is left to compute."""
+        return min(len(blocks.tokens) - 1, findable_tokens) // self.block_tokens
+
+    def _match(self, blocks: SequenceBlocks, findable_tokens: int) -> list[PrefixNode]:
+        """Nodes of the longest indexed prefix that may be found."""
         matched: list[PrefixNode] = []
         if not self.prefix_caching:
             return matched
         parent_uid = ROOT_UID
-        for position in range((len(blocks.tokens) - 1) // self.block_tokens):
+        for position in range(self._findable_blocks(blocks, findable_tokens)):
             node = self._index.find(parent_uid, self._content(blocks, position))
             if node is None:
                 break
@@ -187,14 +193,14 @@ class KVCacheManager:
             parent_uid = node.uid
         return matched
 
-    def _match_may_have_grown(self, blocks: SequenceBlocks) -> bool:
+    def _match_may_have_grown(self, blocks: SequenceBlocks, findable_tokens: int) -> bool:
         """Whether a refused sequence finds more now: O(1), since it is asked again at every step.
 
         What it lacks is (free blocks it needs) - (free blocks there are). Sharing, releasing and evicting the
         blocks it matched change both alike, so only frees and a longer match can help; `admit` sees the frees.
         """
         position = blocks.refused_matched
-        if not self.prefix_caching or position >= (len(blocks.tokens) - 1) // self.block_tokens:
+        if not self.prefix_caching or position >= self._findable_blocks(blocks, findable_tokens):
             return False
         return self._content(blocks, position).digest in self._index
 

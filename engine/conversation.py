@@ -1,10 +1,15 @@
-"""Turns of a conversation, tools, and the parts of an answer, as they cross a socket; `messages` has the rest."""
+"""Turns of a conversation, tools, the parts of an answer, and the base of messages, as they cross a socket;
+`messages` has the rest."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """Base of all messages: an unknown field is an error, not a silence."""
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):

@@ -25,6 +25,7 @@ LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet 
 # Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
 ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
 PARTIAL_BYTES = 256 << 20
+SCORED_ROWS = 128  # of a prompt, whose logits are held at a time: worker/scoring.py's, which imports torch
 WORKSPACE_TOKENS = 16_384
 LAUNCHES_PER_LAYER = 24  # more than any layer has; a test counts
 LAUNCH_BYTES = 16 << 10  # of a recorded launch, in the driver: assumed, no card has shown it
@@ -82,7 +83,8 @@ def kv_room_bytes(
 
 def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) -> int:
     """Bytes of everything beside weights and cache. cached_tokens: what the cache holds at most."""
-    launched = max(launched_bytes(model, limits.budget_tokens), sampled_bytes(model, limits.max_running))
+    logits = max(limits.max_running, SCORED_ROWS)
+    launched = max(launched_bytes(model, limits.budget_tokens), sampled_bytes(model, logits))
     most = min(limits.graph_sequences, limits.max_running)
     if not most:
         return launched

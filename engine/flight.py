@@ -60,7 +60,8 @@ class Open(Record, frozen=True, tag="o"):
     pieces: where they are not, a digest of each piece of prompt and output, as blocks of the KV cache cut them.
     Their key was of the core process alone: they tell which pieces are equal, and nothing else. Empty: there was no
     room. banned: the sequences that the output may not hold, if tokens are recorded; banned_digest: else. salt: of
-    the prefix cache; a digest of it where tokens are not recorded.
+    the prefix cache; a digest of it where tokens are not recorded. num_scored: log-probabilities of the prompt that
+    were delivered.
     """
 
     request_id: int
@@ -80,6 +81,7 @@ class Open(Record, frozen=True, tag="o"):
     tenant: str = ""
     weight: float = 1.0
     salt: bytes = b""
+    num_scored: int = 0
 
 
 class Submitted(Record, frozen=True, tag="c"):
@@ -102,6 +104,7 @@ class Submitted(Record, frozen=True, tag="c"):
     tenant: str = ""
     weight: float = 1.0
     salt: bytes = b""
+    num_scored: int = 0
 
 
 class Aborted(Record, frozen=True, tag="a"):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
@@ -28,10 +28,14 @@ from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.observe.web import MetricsServer, metrics_address
 from cierzo.engine.frontend.rpc import RpcServer
+from cierzo.engine.gateway.config import NO_HTTP, HttpConfig, check_http
 from cierzo.engine.log_lines import LineQueue, queued_lines
 from cierzo.engine.messages import ModelInfo
 from cierzo.engine.server_process import prepare_memory, return_large_blocks
 from cierzo.engine.text.prompt import PromptEncoder, reads_tekken
+
+if TYPE_CHECKING:
+    from cierzo.engine.gateway.server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +43,8 @@ HEALTH_CHECK_S = 0.5
 SPARE_FILES = 64  # descriptors besides the connections: sockets to the core, logs, libraries
 
 
-def serve(options: EngineOptions) -> int:
-    """Serve until SIGINT or SIGTERM, or until the core dies too often. Gives the exit status.
+def serve(options: EngineOptions, http: HttpConfig = NO_HTTP) -> int:
+    """Serve until SIGINT or SIGTERM, or until the core dies too often. Gives the exit status. http: the HTTP door.
 
     Raises ConfigError (the port in use included) and CheckpointError before anything is served.
     """
@@ -48,8 +52,9 @@ def serve(options: EngineOptions) -> int:
         config = resolve(options)
         parse_address(config.frontend.address)  # refused before anything is made of it
         metrics_address(config.frontend)
-        _allow_files(config.frontend.max_connections + SPARE_FILES)
-        return uvloop.run(_serve(config, lines=lines))
+        check_http(http)
+        _allow_files(config.frontend.max_connections * (2 if http.http else 1) + SPARE_FILES)
+        return uvloop.run(_serve(config, lines=lines, http=http))
 
 
 def _allow_files(wanted: int) -> None:
@@ -73,7 +78,12 @@ def _say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what is kept of the old one is not tried again at the end
 
 
-async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQueue | None = None) -> int:
+async def _serve(
+    config: EngineConfig,
+    spawn: Spawn = spawn_worker,
+    lines: LineQueue | None = None,
+    http: HttpConfig = NO_HTTP,
+) -> int:
     """Bind first, so that an address that cannot be had is all that is told; take requests once the weights are
     read."""
     signals = _signals()
@@ -91,14 +101,17 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
     if lines is not None:
         frontend.observer.num_lost_lines = lines.lost
     server, metrics = RpcServer(config.frontend, frontend), MetricsServer(config.frontend, frontend)
+    door = None
     try:
         await server.start()
         loop.add_signal_handler(signal.SIGHUP, server.reload)
         if hangups:  # that came after the keys were read
             server.reload()
         await metrics.start()
-        door = describe_door(config.frontend, len(server.door.tenants), metrics.address)
-        _say(config.describe() + recorder + door)
+        door = await open_http(http, server, prompts, metrics)
+        address = "" if door is None else door.address
+        who = describe_door(config.frontend, len(server.door.tenants), metrics.address, address)
+        _say(config.describe() + recorder + who)
         encoders.start()
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
@@ -108,6 +121,8 @@ async def _serve(config: EngineConfig, spawn: Spawn = spawn_worker, lines: LineQ
         _say(f"{startup}\nready: {config.name} at {server.address}")
         return await _until_stopped(signals, frontend)
     finally:
+        if door is not None:
+            await door.close()
         await server.close()
         await metrics.close()
         await frontend.close()
@@ -143,6 +158,21 @@ async def _failed(frontend: Frontend) -> None:
         await asyncio.sleep(HEALTH_CHECK_S)
 
 
+async def open_http(
+    config: HttpConfig, server: RpcServer, prompts: PromptEncoder, metrics: MetricsServer
+) -> HttpServer | None:
+    """The HTTP door in front of this process's engine, open, if there is to be one. Raises ConfigError."""
+    if not config.http:
+        return None
+    from cierzo.engine.gateway.embedded import Embedded  # who serves no HTTP need not have its packages
+    from cierzo.engine.gateway.server import HttpServer
+
+    backends = Embedded(server, prompts, metrics.metrics)
+    door = HttpServer(config, server.config, backends, server.tls)
+    await door.start()
+    return door
+
+
 async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
     """The result of whatever ends first; the others are cancelled, and their end is waited for."""
     tasks = [asyncio.ensure_future(each) for each in awaitables]
@@ -155,12 +185,14 @@ async def _first(*awaitables: Coroutine[Any, Any, Any]) -> Any:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def describe_door(config: FrontendConfig, num_tenants: int, metrics: str) -> str:
-    """Lines of the banner that say who may come, and where what is told. metrics: the address that was bound."""
+def describe_door(config: FrontendConfig, num_tenants: int, metrics: str, http: str = "") -> str:
+    """Lines of the banner that say who may come, and where what is told. metrics, http: the addresses that were
+    bound."""
     clients = f", clients show one that {config.tls_client_ca} vouches for" if config.tls_client_ca else ""
     rows = (
         ("keys", config.keys, f"{config.keys} (tenants: {num_tenants})"),
         ("TLS", config.tls_certificate, f"{config.tls_certificate}{clients}"),
+        ("HTTP", http, http),
         ("metrics", config.metrics, metrics),
         ("usage file", config.usage_file, config.usage_file),
     )

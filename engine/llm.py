@@ -23,6 +23,7 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 from tqdm import tqdm
 
 from cierzo.engine.checkpoint import checkpoint_folder
@@ -52,6 +53,7 @@ from cierzo.engine.messages import (
 from cierzo.engine.settings import settings_of
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
+from cierzo.scheduler.plan import unpacked_entry
 
 Prompt = str | Sequence[int]
 Sampling = SamplingParams | Mapping[str, Any]
@@ -97,12 +99,17 @@ class SampleOutput:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The samples that one prompt gave, and their cost together. `seed` repeats them."""
+    """The samples that one prompt gave, and their cost together. `seed` repeats them.
+
+    `prompt_logprobs`, if asked for: an entry for each of the prompt's tokens from the second on, as nothing comes
+    before the first; fewer of a prompt that failed.
+    """
 
     prompt_token_ids: list[int]
     samples: list[SampleOutput]
     usage: Usage
     seed: int
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -339,6 +346,7 @@ class _Job:
     samples: list[Sample]
     answers: list[Answer]
     logprobs: list[list[TokenLogprobs]]
+    prompt_logprobs: list[msgspec.Raw] = field(default_factory=list)
 
     def output(self) -> Output:
         finishes = [sample.finish for sample in self.samples if sample.finish is not None]
@@ -362,8 +370,11 @@ class _Job:
                 broken_calls=broken_calls,
             )
             samples.append(output)
-        assert self.submit.sampling.seed is not None
-        return Output(self.submit.prompt_token_ids, samples, usage, self.submit.sampling.seed)
+        params, prompt_logprobs = self.submit.sampling, None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [unpacked_entry(entry) for entry in self.prompt_logprobs]
+        assert params.seed is not None
+        return Output(self.submit.prompt_token_ids, samples, usage, params.seed, prompt_logprobs)
 
 
 class _Run:
@@ -410,6 +421,7 @@ class _Run:
         """Hand a delta to its sample."""
         job = self.jobs[delta.request_id]
         sample = job.samples[delta.sample]
+        job.prompt_logprobs += delta.prompt_logprobs or []
         if not sample.cut:
             token_ids, text, logprobs, parts = sample.take(delta)
             job.answers[delta.sample].take(parts, text, len(token_ids))

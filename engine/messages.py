@@ -14,6 +14,7 @@ import msgspec
 from cierzo.engine.conversation import (
     ChatMessage,
     Content,
+    Message,
     Part,
     PartKind,
     TextChunk,
@@ -23,6 +24,20 @@ from cierzo.engine.conversation import (
 )
 from cierzo.engine.core_stats import CoreStats
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.engine.questions import (
+    Detokenize,
+    Detokenized,
+    GetHealth,
+    GetModel,
+    GetStats,
+    GetTokenizer,
+    Health,
+    ModelInfo,
+    Stats,
+    Tokenize,
+    Tokenized,
+    TokenizerInfo,
+)
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Finish, FinishReason, TokenDelta, TokenLogprobs
 
@@ -31,8 +46,10 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("masks", "parts", "probes", "resume", "trace"),
+    *("masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
 )
+# The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
+ACCEPTANCE = "acceptance"
 MAGIC = "cierzo"
 EndReason = FinishReason | Literal["tool_calls"]
 
@@ -40,24 +57,33 @@ __all__ = [
     "ChatMessage",
     "Content",
     "CoreStats",
+    "Detokenize",
+    "Detokenized",
     "ExpertStatistics",
     "Finish",
     "FinishReason",
+    "GetHealth",
+    "GetModel",
+    "GetStats",
+    "GetTokenizer",
+    "Health",
+    "Message",
+    "ModelInfo",
     "Part",
     "PartKind",
     "SamplingParams",
+    "Stats",
     "TextChunk",
     "ThinkingBudget",
     "ThinkingChunk",
     "TokenDelta",
     "TokenLogprobs",
+    "Tokenize",
+    "Tokenized",
+    "TokenizerInfo",
     "Tool",
     "ToolCall",
 ]
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """Base of all messages: an unknown field is an error, not a silence."""
 
 
 # --- client -> front end -----------------------------------------------------------------------------------
@@ -121,16 +147,18 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     traceparent: str = ""
 
 
-class Resume(Message, frozen=True, tag="resume"):
+class Resume(Message, frozen=True, tag="resume", omit_defaults=True):
     """Go on with a request whose connection was lost, or take it over from another one (feature "resume").
 
     `request_id` is that of its `accepted`; `received[i]`: tokens of sample i that the client has. The deltas go on
     from there, text included; if the request has ended meanwhile, what is left and its final record come.
+    `prompt_received`: entries of the prompt's log-probabilities that the client has.
     """
 
     stream: int
     request_id: str
     received: list[int]
+    prompt_received: int = 0
 
 
 class CancelRequest(Message, frozen=True, tag="cancel_request"):
@@ -155,24 +183,6 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
 class Ping(Message, frozen=True, tag="ping"):
     """Answered by Pong with the same `stream`, by the front end alone."""
-
-    stream: int
-
-
-class GetHealth(Message, frozen=True, tag="health"):
-    """Is the core alive and taking requests?"""
-
-    stream: int
-
-
-class GetStats(Message, frozen=True, tag="stats"):
-    """Counters and gauges of front end, scheduler and cache."""
-
-    stream: int
-
-
-class GetModel(Message, frozen=True, tag="model"):
-    """The model that is served, and its limits."""
 
     stream: int
 
@@ -204,6 +214,9 @@ ClientMessage = (
     | GetHealth
     | GetStats
     | GetModel
+    | Tokenize
+    | Detokenize
+    | GetTokenizer
     | Drain
 )
 
@@ -235,23 +248,25 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     features: list[str] = []
 
 
-class Accepted(Message, frozen=True, tag="accepted"):
+class Accepted(Message, frozen=True, tag="accepted", omit_defaults=True):
     """First message of a stream that was accepted (feature "resume"). `request_id`: 128 random bits in hex, which
     whoever knows them may resume and cancel by. `seed` repeats the generation. `queue_position`: requests before it
-    that have no token yet. `deadline_s`: what counts, from arrival."""
+    that have no token yet. `deadline_s`: what counts, from arrival. `prompt_tokens`: told in one process alone."""
 
     stream: int
     request_id: str
     seed: int
     queue_position: int
     deadline_s: float
+    prompt_tokens: int = 0
 
 
 class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     """New output of one sample of a stream. `text` may lag behind `token_ids` (incomplete characters, stops).
 
     With the feature "parts" `text` has no thoughts and no calls; `parts` are all its pieces in order, text
-    included, and empty where there is nothing but text.
+    included, and empty where there is nothing but text. With the feature "prompt_logprobs" a delta may have entries
+    of the prompt's next tokens instead, the second of the prompt first; they are those of all samples.
     """
 
     stream: int
@@ -260,6 +275,7 @@ class Delta(Message, frozen=True, tag="delta", omit_defaults=True):
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     parts: list[Part] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Deltas(Message, frozen=True, tag="deltas"):
@@ -323,7 +339,8 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
 
 
 class Final(Message, frozen=True, tag="final", omit_defaults=True):
-    """Last message of a stream that was accepted. `seed` repeats a generation."""
+    """Last message of a stream that was accepted. `seed` repeats a generation. `prompt_logprobs`: all of them, with
+    `Generate.deltas` false."""
 
     stream: int
     samples: list[SampleEnd]
@@ -331,6 +348,7 @@ class Final(Message, frozen=True, tag="final", omit_defaults=True):
     timings: Timings
     seed: int
     cost: Cost | None = None
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Failure(Message, frozen=True, tag="error", omit_defaults=True):
@@ -352,68 +370,15 @@ class Done(Message, frozen=True, tag="done"):
     stream: int
 
 
-class Health(Message, frozen=True, tag="health_reply", omit_defaults=True):
-    """`state` is loading, ready, stalled, draining or failed.
-
-    Told with the feature "probes": `startup`, the model has been loaded once; `live`, the server need not be
-    restarted; `ready`, it takes requests; `notes`, what an operator should know ahead.
-    """
-
-    stream: int
-    state: str
-    uptime_s: float
-    startup: bool = False
-    live: bool = False
-    ready: bool = False
-    notes: list[str] = []
-
-
-class Stats(Message, frozen=True, tag="stats_reply"):
-    """Counters since the start of the front end, and the core's last gauges. `device` is the model's: figures of a
-    simulated one say so."""
-
-    stream: int
-    device: str
-    connections: int
-    streams: int
-    accepted: int
-    refused: int
-    finished: int
-    core_restarts: int
-    core: CoreStats
-
-
-class ModelInfo(Message, frozen=True, tag="model_reply", omit_defaults=True):
-    """The model that is served. `eos_token_ids` end a generation unless `ignore_eos`.
-
-    Told with the feature "parts": `reasoning_efforts`, words that `reasoning_effort` may say; `marks_thinking` and
-    `marks_calls`, whether parts of these kinds are told apart.
-    """
-
-    stream: int
-    name: str
-    architecture: str
-    dtype: str
-    device: str
-    vocab_size: int
-    max_model_len: int
-    block_tokens: int
-    num_blocks: int
-    eos_token_ids: list[int]
-    has_tokenizer: bool
-    has_chat_template: bool
-    reasoning_efforts: list[str] = []
-    marks_thinking: bool = False
-    marks_calls: bool = False
-
-
 class Drained(Message, frozen=True, tag="drained"):
     """Answer to Drain: nothing is running any more."""
 
     stream: int
 
 
-Reply = Pong | Done | Health | Stats | ModelInfo | Drained  # carries the stream id of what it answers
+Worded = Tokenized | Detokenized
+# Carries the stream id of what it answers.
+Reply = Pong | Done | Health | Stats | ModelInfo | Worded | TokenizerInfo | Drained
 ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | Reply
 
 # --- front end -> core -------------------------------------------------------------------------------------
@@ -427,7 +392,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     share. `first_sample`: the samples are numbered from here (a restart resubmits only those that still run).
     `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
     `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
-    share no blocks.
+    share no blocks. `num_scored`: entries of the prompt's log-probabilities that an earlier run has delivered.
     """
 
     request_id: int
@@ -443,6 +408,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     tenant: str = ""
     weight: float = 1.0
     cache_salt: bytes = b""
+    num_scored: int = 0
 
 
 class Abort(Message, frozen=True, tag="abort"):

@@ -21,7 +21,7 @@ from cierzo.engine.settings import unwrap, word_reader
 
 MAX_SEED = 2**63 - 1  # that a server takes
 NOT_OF_THE_ENGINE = {"model", "kernels", "frontend"}
-NOT_OF_ONE_ANSWER = {"n", "logprobs", "logit_bias"}  # a terminal shows one answer, and its text
+NOT_OF_ONE_ANSWER = {"n", "logprobs", "prompt_logprobs", "logit_bias"}  # a terminal shows one answer, and its text
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 

@@ -23,6 +23,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `seed` None means: one is drawn at admission, and kept for the life of the request.
     `logprobs` is the number of top alternatives reported beside each chosen token (0: the chosen token
     alone, None: nothing); they are an fp32 log-softmax of the raw logits, before penalties and temperature.
+    `prompt_logprobs` is the same for the prompt: an entry for each of its tokens but the first, which follows none.
     Masks (`allowed_token_ids`, `bad_words`, `max_thinking_tokens`) apply after penalties and before temperature;
     engine/text/masks.py has the rule for words. Each thought of an answer has the budget.
     `stop="x"` means `stop=("x",)`, and `stop_token_ids=3` means `stop_token_ids=(3,)`, as with `bad_words` and
@@ -53,6 +54,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ()
     ignore_eos: Annotated[bool, Meta(description="the model's own end tokens do not end the answer")] = False
     logprobs: Annotated[int | None, Meta(description="most likely tokens reported beside each chosen one")] = None
+    prompt_logprobs: Annotated[
+        int | None, Meta(description="most likely tokens reported beside each of the prompt")
+    ] = None
     allowed_token_ids: Annotated[
         tuple[int, ...], Meta(description="the only tokens to choose from; none: all")
     ] = ()

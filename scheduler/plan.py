@@ -16,6 +16,8 @@ from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
 RequestKey = tuple[int, int]  # (request id, sample index); one running sequence each
+ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14
+_encode = msgspec.msgpack.Encoder().encode
 PENDING = -1  # a token that a step in flight is about to choose: the runner knows it, and nobody else yet
 
 
@@ -31,6 +33,17 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
     eos_token_ids: tuple[int, ...]
     banned: tuple[tuple[int, ...], ...] = ()
     thinking: ThinkingBudget | None = None
+
+
+class Scoring(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of a prompt whose log-probabilities a step gives, and at each place those of the `count` likeliest.
+
+    Each of `token_ids` is scored by the row before it: the first by the row at position `start`.
+    """
+
+    start: int
+    token_ids: list[int]
+    count: int
 
 
 class SeqPlan(msgspec.Struct, frozen=True, gc=False):
@@ -51,6 +64,7 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
     new_block_ids: list[int]
     samples: bool
     admission: Admission | None
+    scoring: Scoring | None = None
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
@@ -69,7 +83,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Log-probabilities at one output position: of the chosen token, and of the most likely ones."""
+    """Log-probabilities at one position: of the token that stands there, and of the most likely ones."""
 
     token_id: int
     logprob: float
@@ -77,16 +91,32 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     top_logprobs: list[float]
 
 
+unpacked_entry = msgspec.msgpack.Decoder(TokenLogprobs).decode
+
+
+def packed_entry(entry: TokenLogprobs) -> msgspec.Raw:
+    """An entry of a prompt's log-probabilities, as it travels."""
+    return msgspec.Raw(_encode(entry))
+
+
+def entry_bytes(num_top: int) -> int:
+    """Bytes that a TokenLogprobs with so many alternatives takes at most as MessagePack, and a place in a list."""
+    return ENTRY_BYTES + ALTERNATIVE_BYTES * num_top
+
+
 class StepResult(msgspec.Struct, frozen=True, gc=False):
     """The results of a step: for each sequence of the plan its new tokens (empty where it does not sample).
 
     `logprobs[i]` is None where sequence i asked for none; `failures` maps sequence indices to the reason why
-    their result must not be used (for instance logits that are not finite).
+    their result must not be used (for instance logits that are not finite). `prompt_logprobs`: by sequence index,
+    of each whose plan has a scoring, a TokenLogprobs for each token scored, as MessagePack: nobody on their way
+    reads them.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = {}
+    prompt_logprobs: dict[int, list[msgspec.Raw]] = {}
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -113,10 +143,14 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one sequence, in order; `finish` is set exactly once, on the last delta."""
+    """New tokens of one sequence, in order; `finish` is set exactly once, on the last delta.
+
+    prompt_logprobs: entries of the next tokens of its prompt, each the MessagePack of a TokenLogprobs.
+    """
 
     request_id: int
     sample: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
+    prompt_logprobs: list[msgspec.Raw] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from cierzo.scheduler.cost import StepCost
+from cierzo.scheduler.plan import entry_bytes
 from cierzo.scheduler.request import Request
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ HOPELESS = 2.0  # a prompt is given up when it takes, by prediction, so many tim
 # Service in units of a prompt token: what a generated one counts for in "Fairness in Serving Large Language Models"
 # (Sheng et al., OSDI 2024), whose virtual token counter `Tenants` keeps.
 GENERATED_CHARGE = 2.0
+SCORED_BYTES = 256 << 10  # of log-probabilities of a prompt in a step
 ROUNDING = 1e-9  # of shares, which are sums of fractions
 
 
@@ -39,6 +41,16 @@ def chunk_tokens(num_missing: int, budget_tokens: int, max_chunk_tokens: int, co
     if contended and num_missing > max_chunk_tokens:
         return min(max_chunk_tokens, (budget_tokens + 1) // 2)
     return min(num_missing, budget_tokens)
+
+
+def missing(request: Request) -> int:
+    """Tokens that the next chunk of a request may have: all that it lacks, or, where a prompt's log-probabilities
+    are wanted, as many as give SCORED_BYTES of these. A reader who stalls has no more to come than that."""
+    start, num_missing = request.num_planned, len(request.tokens) - request.num_planned
+    if not request.is_scored:
+        return num_missing
+    num_bytes = entry_bytes(request.new.sampling.prompt_logprobs or 0)
+    return min(num_missing, max(request.num_scored - start, 0) + SCORED_BYTES // num_bytes)
 
 
 def reserve_blocks(num_running: int) -> int:

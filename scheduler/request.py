@@ -11,7 +11,7 @@ import msgspec
 
 from cierzo.cache.manager import SequenceBlocks
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
-from cierzo.scheduler.plan import Admission, Finish, FinishReason, RequestKey
+from cierzo.scheduler.plan import Admission, Finish, FinishReason, RequestKey, Scoring, SeqPlan
 from cierzo.scheduler.stop import StopReason, StopRule
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     `output_token_ids` resumes: tokens generated before, which count as output and are not delivered again.
     `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock. `banned`, `thinking`: as in
     Admission; no decision here depends on them. `weight`: of the tenant, from now on. Requests of different `salt`
-    share no block.
+    share no block. `num_scored`: log-probabilities of the prompt that an earlier run has delivered.
     """
 
     request_id: int
@@ -52,6 +52,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tenant: str = ""
     weight: float = 1.0
     salt: bytes = b""
+    num_scored: int = 0
 
     def require(self, max_model_len: int) -> None:
         """Raise ValueError for what cannot be run."""
@@ -107,8 +108,8 @@ class Request:
 
     `tokens` are all known tokens, prompt first; the first `num_computed` of them are in the cache. Steps in flight
     will have computed `num_planned`, and will have chosen `num_pending` tokens more, 0 or 1. Between steps that run
-    one by one, num_planned is num_computed, and nothing is pending. Times are readings of the scheduler's clock, in
-    seconds.
+    one by one, num_planned is num_computed, and nothing is pending. Log-probabilities of `num_scored` tokens of the
+    prompt were delivered, behind its first. Times are readings of the scheduler's clock, in seconds.
     """
 
     key: RequestKey
@@ -124,6 +125,7 @@ class Request:
     num_computed: int = 0
     num_planned: int = 0
     num_pending: int = 0
+    num_scored: int = 0
     slot: int = -1
     epoch: int = -1
     num_charged: int = 0  # leading positions that its tenant was charged for, or that were found
@@ -143,6 +145,39 @@ class Request:
         if self.new.output_token_ids:
             return self.stop.check(self.tokens[-1], len(self.tokens))
         return "length" if len(self.tokens) >= self.stop.limit_tokens else None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of its prompt are still to come."""
+        return self.new.sampling.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
+
+    @property
+    def findable_tokens(self) -> int:
+        """Leading tokens that the cache may have; the others are computed, as they are scored."""
+        return self.num_scored if self.is_scored else len(self.tokens)
+
+    def scoring(self, start: int, end: int) -> Scoring | None:
+        """Tokens that a step scores which computes positions start .. end-1, if there are any."""
+        if not self.is_scored:
+            return None
+        first, last = max(start, self.num_scored), min(end, self.num_prompt_tokens - 1)
+        count = self.new.sampling.prompt_logprobs or 0
+        return Scoring(first, self.tokens[first + 1 : last + 1], count) if first < last else None
+
+    def chunk(self, start: int, count: int, *, samples: bool, admitted: bool) -> SeqPlan:
+        """Plan so many tokens of it for a step. admitted: it has got its slot for this step."""
+        return SeqPlan(
+            key=self.key,
+            slot=self.slot,
+            epoch=self.epoch,
+            start=start,
+            token_ids=self.tokens[start : start + count],
+            num_prompt_tokens=self.num_prompt_tokens,
+            new_block_ids=[*self.blocks.block_ids] if admitted else [],
+            samples=samples,
+            admission=self.admission() if admitted else None,
+            scoring=self.scoring(start, start + count),
+        )
 
     def check(self) -> None:
         """Assert what holds of it in its state."""

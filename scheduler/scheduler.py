@@ -17,6 +17,7 @@ from cierzo.scheduler.plan import (
     PENDING,
     FinishReason,
     RequestKey,
+    Scoring,
     SeqPlan,
     StepPlan,
     StepResult,
@@ -94,6 +95,7 @@ class Scheduler:
             tenant=self._tenants.arrive(new.tenant, new.weight),
             order=order,
             arrived_at=arrived_at,
+            num_scored=new.num_scored,
         )
         self._num_arrivals += 1
         self._live.setdefault(new.request_id, {})[new.sample] = request
@@ -195,6 +197,8 @@ class Scheduler:
             request.num_computed = computed = seq.start + len(seq.token_ids)
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)
+            if seq.scoring is not None:
+                self._score(request, seq.scoring, result.prompt_logprobs[index])
             if seq.samples:
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
             else:
@@ -328,7 +332,9 @@ class Scheduler:
                 self._plan_chunk(request, budget, now, admitted=False)
             elif not self._free_slots and not self._tenants.are_several:
                 break
-            elif len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(request.blocks):
+            elif len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(
+                request.blocks, request.findable_tokens
+            ):
                 self._tenants.put_aside(request)
                 looked_past.append(request)
             elif self._admit(request, budget, turns, now):
@@ -349,34 +355,20 @@ class Scheduler:
 
     def _plan_chunk(self, request: Request, budget: StepBudget, now: float, *, admitted: bool) -> None:
         """Append the next chunk of a prompt (or of what a preemption lost), if there is time for one."""
-        start, num_tokens = request.num_planned, len(request.tokens)
+        start, num_tokens, missing = request.num_planned, len(request.tokens), policy.missing(request)
         if policy.is_hopeless(request, self._cost, now):
             self._finish(request, "deadline", "what is left of the prompt takes longer than its deadline")
             return
         num_waiting = self._tenants.num_waiting
         contended = len(self._running) + num_waiting > 1
-        count = budget.chunk(
-            start, num_tokens - start, contended=contended, num_waiting=num_waiting, admitted=admitted
-        )
+        count = budget.chunk(start, missing, contended=contended, num_waiting=num_waiting, admitted=admitted)
         if not count:
             return
         samples = start + count == num_tokens
         self._tenants.charge(request, start, count)
         request.num_planned += count
         request.num_pending += samples
-        budget.seqs.append(
-            SeqPlan(
-                key=request.key,
-                slot=request.slot,
-                epoch=request.epoch,
-                start=start,
-                token_ids=request.tokens[start : start + count],
-                num_prompt_tokens=request.num_prompt_tokens,
-                new_block_ids=[*request.blocks.block_ids] if admitted else [],
-                samples=samples,
-                admission=request.admission() if admitted else None,
-            )
-        )
+        budget.seqs.append(request.chunk(start, count, samples=samples, admitted=admitted))
 
     def _admit(self, request: Request, budget: StepBudget, turns: Turns, now: float) -> bool:
         """Give a waiting sequence a slot and blocks; a tenant within its share takes them from those above theirs.
@@ -384,7 +376,9 @@ class Scheduler:
         blocks = request.blocks
         while True:
             reserve = policy.reserve_blocks(len(self._running))
-            cached_tokens = self._cache.admit(blocks, reserve) if self._free_slots else None
+            cached_tokens = (
+                self._cache.admit(blocks, reserve, request.findable_tokens) if self._free_slots else None
+            )
             if cached_tokens is not None:
                 self._start(request, cached_tokens, now)
                 return True
@@ -421,6 +415,11 @@ class Scheduler:
             self._cached_tokens += request.num_cached_prompt_tokens
 
     # --- taking in ---------------------------------------------------------------------------------------------
+
+    def _score(self, request: Request, scoring: Scoring, entries: list[msgspec.Raw]) -> None:
+        """Report log-probabilities of a prompt."""
+        request.num_scored = scoring.start + len(entries)
+        self._deltas.append(TokenDelta(*request.key, [], None, None, entries))
 
     def _append(self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None, now: float) -> None:
         """Take in sampled tokens up to the one that ends the sequence, and report them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cierzo.engine.frontend.config import FrontendConfig
+from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.launch import serve
 from cierzo.engine.options import add_engine, add_options, add_rpc, chosen, engine_options
 
@@ -21,9 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = {"who may come": WHO_MAY_COME, "what is told": WHAT_IS_TOLD, "limits of the front end": limits}
     for title, names in groups.items():
         add_options(parser.add_argument_group(title), FrontendConfig, skip={"address"} | fields.difference(names))
+    add_options(parser.add_argument_group("HTTP (needs the extra: pip install cierzo[gateway])"), HttpConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     limits = chosen(arguments, FrontendConfig, skip={"address"})
-    return serve(engine_options(arguments, frontend=FrontendConfig(address=arguments.rpc, **limits)))
+    http = HttpConfig(**chosen(arguments, HttpConfig))
+    return serve(engine_options(arguments, frontend=FrontendConfig(address=arguments.rpc, **limits)), http)

@@ -13,7 +13,6 @@ _ABILITIES = {
         *("embed", "embedding", "embeddings", "encoding_format", "dimensions"),
         *("prompt_embeds", "input_embeds", "inputs_embeds"),
     ),
-    "log-probabilities of a prompt": ("prompt_logprobs", "echo"),
 }
 _ABILITY_OF = {name: ability for ability, names in _ABILITIES.items() for name in names}
 

@@ -18,7 +18,7 @@ from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.bounds import shown, too_deep
 from cierzo.engine.frontend.client_options import GenerateArguments
 from cierzo.engine.frontend.wire_checks import mistyped
-from cierzo.engine.messages import ChatMessage, Generate, SamplingParams
+from cierzo.engine.messages import ChatMessage, Detokenize, Generate, SamplingParams, Tokenize
 from cierzo.engine.text.unicode import refuse_surrogates
 
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
@@ -26,6 +26,8 @@ _AS_THEY_ARE = {type(None), bool, float}
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
 _TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one alone is taken too
 _FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
+
+ASKED_OF_WORDS = ("text", "messages", "tools", "reasoning_effort")
 
 
 def whole_answer(arguments: GenerateArguments) -> GenerateArguments:
@@ -62,6 +64,36 @@ def generate_message(**arguments: Any) -> Generate:
         raise mistyped(str(error), message) from error
     except RecursionError as error:
         raise too_deep(name) from error
+
+
+def tokenize_message(*, special_tokens: Any = True, control_tokens: Any = False, **arguments: Any) -> Tokenize:
+    """The message that asks for the tokens of a prompt; as `generate_message`."""
+    for name in arguments:
+        if name not in ASKED_OF_WORDS:
+            raise _unknown(name, arguments[name], (*ASKED_OF_WORDS, "special_tokens", "control_tokens"))
+    prompt = generate_message(**arguments)
+    return Tokenize(
+        stream=0,
+        text=prompt.text,
+        messages=prompt.messages,
+        tools=prompt.tools,
+        reasoning_effort=prompt.reasoning_effort,
+        special_tokens=_flag("special_tokens", special_tokens),
+        control_tokens=_flag("control_tokens", control_tokens),
+    )
+
+
+def detokenize_message(token_ids: Any, control_tokens: Any = False, *, pieces: bool = False) -> Detokenize:
+    """The message that asks for the text of tokens; as `generate_message`."""
+    tokens = [] if token_ids is None else generate_message(token_ids=token_ids).token_ids
+    control_tokens = _flag("control_tokens", control_tokens)
+    return Detokenize(stream=0, token_ids=tokens or [], control_tokens=control_tokens, pieces=pieces)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise InvalidRequest(f"{name}: expected bool, got {_kind(value)}", field=name, limit="bool", value=shown(value))
 
 
 def sampling_params(base: Any, params: Mapping[str, Any]) -> SamplingParams:

@@ -307,7 +307,7 @@ class Arrivals:
         self._core.require_in_time(stream, num_tokens, submit.priority)
         submit = self._as_sent(stream, submit, num_tokens)
         if not stream.deltas:
-            require_bounded(submit, self._config.max_answer_bytes)
+            require_bounded(submit, encoded.num_prompt_tokens, self._config.max_answer_bytes)
         stream.sampling, stream.in_thinking, stream.calls = submit.sampling, encoded.in_thinking, encoded.calls
         stream.num_prompt_tokens = encoded.num_prompt_tokens
         readers = [self._reader(stream, encoded, sample) for sample in range(stream.num_samples)]

@@ -45,32 +45,48 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any, Self, TypeVar, Unpack, cast
+
+import msgspec
 
 from cierzo.engine.errors import ConnectionLost, CoreFailed, Draining, InvalidRequest, refusal
 from cierzo.engine.frontend.address import parse_address
 from cierzo.engine.frontend.answer import Answer
-from cierzo.engine.frontend.arguments import generate_message, whole_answer
+from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message, whole_answer
 from cierzo.engine.frontend.bounds import timeout
-from cierzo.engine.frontend.client_options import ConnectOptions, ConnectSettings, GenerateArguments
+from cierzo.engine.frontend.client_options import (
+    ConnectOptions,
+    ConnectSettings,
+    GenerateArguments,
+    TokenizeArguments,
+)
 from cierzo.engine.frontend.dial import Dial, known_features, secret, tls_context
 from cierzo.engine.frontend.endpoint import Endpoint
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.loop_thread import LoopThread
 from cierzo.engine.frontend.one_process import OneProcess
+from cierzo.engine.frontend.request_frames import require
 from cierzo.engine.frontend.retries import Reconnect, Retry
 from cierzo.engine.frontend.session import Session, unsent
 from cierzo.engine.frontend.sync_generation import SyncGeneration
+from cierzo.engine.frontend.wire_checks import MAX_PIECES
 from cierzo.engine.messages import (
+    Detokenize,
+    Detokenized,
     Drain,
     Final,
     GetHealth,
     GetModel,
     GetStats,
+    GetTokenizer,
     Health,
     ModelInfo,
     Ping,
     Stats,
+    Tokenize,
+    Tokenized,
+    TokenizerInfo,
     Welcome,
 )
 from cierzo.engine.settings import settings_of
@@ -84,6 +100,7 @@ __all__ = [
     "Retry",
     "SyncClient",
     "SyncGeneration",
+    "TokenizeArguments",
 ]
 
 CONNECT_TIMEOUT_S = 10.0
@@ -146,13 +163,14 @@ class Client:
         with unsent():
             return self._session.generate(generate_message(**arguments))
 
-    def resume(self, request_id: str, received: Iterable[int]) -> Generation:
+    def resume(self, request_id: str, received: Iterable[int], prompt_received: int = 0) -> Generation:
         """Go on with a request, of a lost connection or of another client's, behind its first tokens.
 
-        request_id: that of its `Generation.accepted()`. received: how many tokens of each sample the caller has.
+        request_id: that of its `Generation.accepted()`. received: how many tokens of each sample the caller has;
+        prompt_received: how many log-probabilities of the prompt.
         Raises InvalidRequest where the server has not granted the feature "resume", the iteration NotFound.
         """
-        return self._session.resume(request_id, received)
+        return self._session.resume(request_id, received, prompt_received)
 
     async def cancel_request(self, request_id: str) -> None:
         """Cancel a request by its id, whichever connection it is of. Raises NotFound."""
@@ -233,6 +251,42 @@ class Client:
     async def model_info(self, address: str | None = None) -> ModelInfo:
         """Describe the model that is served, and its limits. address: as in `ping`."""
         return cast(ModelInfo, await self._call(GetModel, address))
+
+    async def tokenize(self, **arguments: Unpack[TokenizeArguments]) -> list[int]:
+        """Give the tokens of a prompt, and compute nothing.
+
+        Exactly one of `text` and `messages`; with `messages` also `tools` and `reasoning_effort`. With `text` also
+        special_tokens: with what is put around a prompt, such as a beginning-of-text token (True); and
+        control_tokens: whether the spelling of a control token is that token, as in no prompt (False).
+        Raises InvalidRequest, for more tokens than the model's context has, too.
+        """
+        return cast(Tokenized, await self._words(tokenize_message(**arguments))).token_ids
+
+    async def detokenize(self, token_ids: Iterable[Any], *, control_tokens: bool = False) -> str:
+        """Give the text of tokens. control_tokens: with the spellings of those, which have no text."""
+        return cast(Detokenized, await self._words(detokenize_message(token_ids, control_tokens))).text
+
+    async def token_bytes(self, token_ids: Iterable[Any]) -> list[bytes]:
+        """Give the bytes of each token, of a control token those of its spelling."""
+        return await self._pieces(detokenize_message(token_ids, pieces=True))
+
+    async def _pieces(self, message: Detokenize) -> list[bytes]:
+        pieces: list[bytes] = []
+        for start in range(0, len(message.token_ids), MAX_PIECES):
+            part = message.token_ids[start : start + MAX_PIECES]
+            answer: Detokenized = await self._words(msgspec.structs.replace(message, token_ids=part))
+            pieces += answer.pieces
+        return pieces
+
+    async def _words(self, message: Tokenize | Detokenize) -> Any:
+        require(self.welcome, "tokenize", str(type(message).__struct_config__.tag))
+        return await self._session.call(partial(msgspec.structs.replace, message))
+
+    async def tokenizer_info(self, address: str | None = None) -> TokenizerInfo:
+        """Describe the tokenizer of the model that is served, and tell its chat template. address: as in `ping`.
+        Raises Forbidden without the right "stats", where the server has keys."""
+        require(self.welcome, "tokenize", "tokenizer_info")
+        return cast(TokenizerInfo, await self._call(GetTokenizer, address))
 
     async def drain(self, address: str | None = None, *, undo: bool = False) -> None:
         """Have the server take nothing more, and wait until it has finished what it had, or, after its `drain_s`,
@@ -333,12 +387,12 @@ class SyncClient(OneProcess):
 
             return SyncGeneration(self._run(send), self._run)
 
-    def resume(self, request_id: str, received: Iterable[int]) -> SyncGeneration:
+    def resume(self, request_id: str, received: Iterable[int], prompt_received: int = 0) -> SyncGeneration:
         """As `Client.resume`; iterate with `for`."""
         tokens = [*received]
 
         async def send() -> Generation:
-            return self._client.resume(request_id, tokens)
+            return self._client.resume(request_id, tokens, prompt_received)
 
         return SyncGeneration(self._run(send), self._run)
 
@@ -379,6 +433,25 @@ class SyncClient(OneProcess):
     def model_info(self, address: str | None = None) -> ModelInfo:
         """As `Client.model_info`."""
         return self._run(lambda: self._client.model_info(address))
+
+    def tokenize(self, **arguments: Unpack[TokenizeArguments]) -> list[int]:
+        """As `Client.tokenize`."""
+        message = tokenize_message(**arguments)  # in this thread: an iterable may ask this client as well
+        return cast(Tokenized, self._run(lambda: self._client._words(message))).token_ids
+
+    def detokenize(self, token_ids: Iterable[Any], *, control_tokens: bool = False) -> str:
+        """As `Client.detokenize`."""
+        message = detokenize_message(token_ids, control_tokens)
+        return cast(Detokenized, self._run(lambda: self._client._words(message))).text
+
+    def token_bytes(self, token_ids: Iterable[Any]) -> list[bytes]:
+        """As `Client.token_bytes`."""
+        message = detokenize_message(token_ids, pieces=True)
+        return self._run(lambda: self._client._pieces(message))
+
+    def tokenizer_info(self, address: str | None = None) -> TokenizerInfo:
+        """As `Client.tokenizer_info`."""
+        return self._run(lambda: self._client.tokenizer_info(address))
 
     def drain(self, address: str | None = None, *, undo: bool = False) -> None:
         """As `Client.drain`."""

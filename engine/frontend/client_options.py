@@ -87,6 +87,18 @@ class GenerateArguments(TypedDict, total=False):
     stop_token_ids: SupportsIndex | Iterable[Any]
     ignore_eos: bool
     logprobs: SupportsIndex | None
+    prompt_logprobs: SupportsIndex | None
     allowed_token_ids: SupportsIndex | Iterable[Any]
     bad_words: str | Iterable[str]
     max_thinking_tokens: SupportsIndex | None
+
+
+class TokenizeArguments(TypedDict, total=False):
+    """Arguments of `tokenize`: fields of messages.Tokenize."""
+
+    text: str | None
+    messages: Turn | Iterable[Turn] | None
+    tools: Iterable[Tool | Mapping[str, Any]] | None
+    reasoning_effort: str | None
+    special_tokens: bool
+    control_tokens: bool

@@ -11,12 +11,19 @@ def delta_cost(delta: Delta) -> int:
     cost = 64 + 8 * len(delta.token_ids) + (len(text) if text.isascii() else len(text.encode()))
     if delta.parts:
         cost += parts_cost(delta.parts)
+    if delta.prompt_logprobs:
+        cost += logprobs_cost(delta.prompt_logprobs)
     return cost if delta.logprobs is None else cost + logprobs_cost(delta.logprobs)
 
 
 def text_cost(num_tokens: int, text: str) -> int:
     """The part of a delta's cost that it has without log-probabilities."""
     return 64 + 8 * num_tokens + (len(text) if text.isascii() else len(text.encode()))
+
+
+def entry_cost(num_top: int) -> int:
+    """The cost of an entry of log-probabilities with so many top tokens."""
+    return 32 + 16 * num_top
 
 
 def logprobs_cost(logprobs: list[TokenLogprobs]) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -35,7 +35,7 @@ from cierzo.engine.frontend.job_queue import JobQueue
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.frontend.watch import process_state
-from cierzo.engine.messages import Failure
+from cierzo.engine.messages import Detokenized, Failure, Tokenized, Worded
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ MAX_TRIES = 2  # of a job whose process dies
 PATIENCE_S, SLOWEST = 2.0, 10.0
 LOOK_AGAIN_S = 0.2
 FIRST_BYTES_PER_S = 1e6  # until a rate is measured
+Outcome = Encoded | Worded
 _decode = msgspec.msgpack.Decoder(Answer).decode
 spawn_encoder = partial(spawn_module, "cierzo.engine.frontend.encoder_process")
 
@@ -70,6 +71,10 @@ class Encoder(Protocol):
 
         Raises Overloaded. The future gives a CierzoError, or Late.
         """
+        ...
+
+    def word(self, job: Job, body: Buffer, deadline_at_s: float, tenant: str = DEFAULT) -> asyncio.Future[Worded]:
+        """Have a message about words answered; the rest is as in `submit`."""
         ...
 
 
@@ -94,7 +99,7 @@ class _Ticket:
     num_bytes: int
     rank: float
     deadline_at_s: float
-    answer: asyncio.Future[Encoded]
+    answer: asyncio.Future[Any]
     tenant: str
     timer: asyncio.TimerHandle | None = None
     tries: int = 0
@@ -110,7 +115,7 @@ class _Pipe(asyncio.Protocol):
         self._setup = setup
         self._on_lost = on_lost
         self._splitter = FrameSplitter(MAX_CHILD_FRAME_BYTES)
-        self._answer: asyncio.Future[Encoded] | None = None
+        self._answer: asyncio.Future[Outcome] | None = None
         self._encoded: Encoded | None = None  # its ids come next
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -127,6 +132,8 @@ class _Pipe(asyncio.Protocol):
             match _decode(body):
                 case Encoded() as encoded:
                     self._encoded = encoded
+                case Tokenized() | Detokenized() as worded:
+                    self._say(worded)
                 case Failure() as refused if self.loaded.done():
                     self._say(error_of(refused))
                 case Failure() as refused:
@@ -142,7 +149,7 @@ class _Pipe(asyncio.Protocol):
         self._say(EncoderDied())
         self._on_lost()
 
-    async def ask(self, frames: list[list[Buffer]]) -> Encoded:
+    async def ask(self, frames: list[list[Buffer]]) -> Outcome:
         """Have a job done. Raises the request's CierzoError, or EncoderDied."""
         if self.is_lost or self.transport is None:
             raise EncoderDied
@@ -153,7 +160,7 @@ class _Pipe(asyncio.Protocol):
                 self.transport.write(piece)
         return await self._answer
 
-    def _say(self, answer: Encoded | Exception) -> None:
+    def _say(self, answer: Outcome | Exception) -> None:
         future, self._answer = self._answer, None
         if future is not None:
             _set(future, answer)
@@ -223,6 +230,10 @@ class Encoders:
         ticket.answer.add_done_callback(lambda _: self._forget(ticket))
         self._wait(ticket)
         return ticket.answer
+
+    def word(self, job: Job, body: Buffer, deadline_at_s: float, tenant: str = DEFAULT) -> asyncio.Future[Worded]:
+        """Queue a job that is about words. Raises Overloaded."""
+        return cast("asyncio.Future[Worded]", self.submit(job, body, [], deadline_at_s, tenant))
 
     # --- jobs ------------------------------------------------------------------------------------------
 
@@ -334,7 +345,7 @@ class Encoders:
                 answer.cancel()  # the pool closes, if there is no answer yet
         return True
 
-    async def _ask(self, seat: _Seat, pipe: _Pipe, ticket: _Ticket) -> Encoded:
+    async def _ask(self, seat: _Seat, pipe: _Pipe, ticket: _Ticket) -> Outcome:
         """Have a process do a job. One that takes long, and was twice found doing nothing, hangs: EncoderHangs."""
         assert seat.process is not None
         asking, since_s, idle = asyncio.ensure_future(pipe.ask(ticket.frames)), self._clock(), 0
@@ -354,7 +365,7 @@ class Encoders:
             await asyncio.gather(asking, return_exceptions=True)
 
 
-def _set(answer: asyncio.Future[Encoded], outcome: Encoded | Exception) -> None:
+def _set(answer: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:
     if answer.done():
         return
     if isinstance(outcome, Exception):

@@ -18,7 +18,8 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
-from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit
+from cierzo.engine.frontend.wording import DECODERS, Wording, prompt_of
+from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit, Tokenize, Worded
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
@@ -47,11 +48,13 @@ class Loaded(Message, frozen=True, tag="loaded"):
 
 
 class Job(Message, frozen=True):
-    """A request to encode. `stream` is what its beginning named; `features` are those of its connection."""
+    """A request to encode. `stream` is what its beginning named; `features` are those of its connection.
+    `method`: the type of the message; of another than "generate" the answer is the one that its client gets."""
 
     stream: int
     features: list[str]
     has_attached: bool
+    method: str = "generate"
 
 
 class Encoded(Message, frozen=True, tag="encoded"):
@@ -73,7 +76,7 @@ class Encoded(Message, frozen=True, tag="encoded"):
     calls: CallLimit = "many"
 
 
-Answer = Loaded | Encoded | Failure
+Answer = Loaded | Encoded | Worded | Failure
 
 
 class RequestEncoder:
@@ -83,16 +86,30 @@ class RequestEncoder:
         self._prompts = prompts
         self._config = config
         self._model = model
+        self._wording = Wording(prompts, config, model)
 
     def answer(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> list[bytes]:
         """The frames of the answer. Never raises."""
         try:
+            if job.method != "generate":
+                return [_encode(self.word(job, body))]
             encoded, token_ids = self.encode_job(job, body, attached)
             return [_encode(encoded), token_ids]
         except CierzoError as error:
             return [_encode(failure(job.stream, error))]
         except Exception as error:
             return [_encode(failure(job.stream, CierzoError(f"internal error: {type(error).__name__}")))]
+
+    def word(self, job: Job, body: bytes | bytearray) -> Worded:
+        """Answer a message about words as it came. Raises CierzoError."""
+        try:
+            message = DECODERS[job.method](body)
+        except UNDECODABLE as error:
+            raise wire_checks.undecodable(error, body) from error
+        _once(message.stream, job)
+        if isinstance(message, Tokenize):
+            wire_checks.features(prompt_of(message), frozenset(job.features))
+        return self._wording.answer(message)
 
     def encode(self, message: Generate, *, apart: bool = False) -> Encoded:
         """Encode a decoded message whose fields are checked; the ids lie in `submit`. apart: its answer is to come
@@ -166,8 +183,7 @@ class RequestEncoder:
             message = _decode_generate(body)
         except UNDECODABLE as error:
             raise wire_checks.undecodable(error, body) from error
-        if message.stream != job.stream:
-            raise ProtocolError("stream is named twice", field="stream", limit="once", value=message.stream)
+        _once(message.stream, job)
         wire_checks.features(message, frozenset(job.features))
         num_bytes, most = None if attached is None else len(attached), self._model.max_model_len
         validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
@@ -196,6 +212,12 @@ class RequestEncoder:
             raise InvalidRequest(
                 f"{kind} has {length} entries, allowed: {most}", field=kind, limit=most, value=length
             )
+
+
+def _once(stream_id: int, job: Job) -> None:
+    """Refuse a message that turns out to be of another stream than its beginning said."""
+    if stream_id != job.stream:
+        raise ProtocolError("stream is named twice", field="stream", limit="once", value=stream_id)
 
 
 def digest(message: Generate) -> bytes:

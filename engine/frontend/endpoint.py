@@ -236,7 +236,7 @@ def _again(inbox: Inbox) -> Generate | Resume | None:
     """The message by which a generation goes on on another connection to its server, if one can."""
     request = inbox.request
     if inbox.accepted is not None:
-        return Resume(stream=0, request_id=inbox.accepted.request_id, received=[*inbox.received])
+        request = Resume(stream=0, request_id=inbox.accepted.request_id, received=[])
     if isinstance(request, Resume):
-        return msgspec.structs.replace(request, received=[*inbox.received])
+        return msgspec.structs.replace(request, received=[*inbox.received], prompt_received=inbox.prompt_received)
     return request if request is not None and request.idempotency_key is not None else None

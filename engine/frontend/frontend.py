@@ -28,6 +28,7 @@ from cierzo.engine.frontend.readers import Readers
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.stream import Sink, Stream, reader_of
 from cierzo.engine.frontend.tenancy import Tenancy
+from cierzo.engine.frontend.words import Words
 from cierzo.engine.messages import Credit, FinishReason, Generate, ModelInfo, Resume, TokenDelta
 from cierzo.engine.text.prompt import PromptEncoder
 
@@ -85,6 +86,7 @@ class Frontend:
             *(config, model, prompts, encoders, self.tenancy, self.streams, self.core),
             *(self.keeper, self._readers, self.outlets, self.heap, self, clock),
         )
+        self.words = Words(config, model, prompts, encoders, self.tenancy, self.streams, clock)
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock
         self._started = clock()
@@ -135,12 +137,14 @@ class Frontend:
                     self._abort(stream, "cancelled")
             self.outlets.detach(stream, sink)
         self._arrivals.disconnect(sink)
+        self.words.disconnect(sink)
         self.outlets.left(sink)
         self._drain.leave(sink)
         self._drain.check()
 
     def writable(self, sink: Sink) -> None:
         """A connection that was paused takes output again."""
+        self.words.writable(sink)
         self.outlets.writable(sink)
 
     def attach(self, sink: Sink, stream_id: int, data: Buffer) -> None:
@@ -240,6 +244,7 @@ class Frontend:
         self.outlets.close()
         self.keeper.close()
         self._arrivals.close()
+        self.words.close()
         self.core.settle()
         self.observer.close()
 
@@ -303,6 +308,9 @@ class Frontend:
         if stream.book.is_rated:
             stream.book.level -= len(delta.token_ids)
         sample = stream.samples[delta.sample]
+        if delta.prompt_logprobs:
+            self.outlets.add_scores(stream, delta.prompt_logprobs)
+            return  # they come alone
         if delta.token_ids:
             pace = self._pace
             if sample.last_s == pace.before_s:

@@ -13,7 +13,7 @@ from cierzo.engine.errors import CierzoError, ConnectionLost, InvalidRequest, No
 from cierzo.engine.frontend.answer import Answer, Answers
 from cierzo.engine.frontend.bounds import timeout
 from cierzo.engine.frontend.retries import is_refusal
-from cierzo.engine.messages import Accepted, Delta, Final, Generate, Resume
+from cierzo.engine.messages import ACCEPTANCE, Accepted, Delta, Final, Generate, Resume
 
 
 class Link(Protocol):
@@ -56,6 +56,7 @@ class Inbox:
     when it has waited for long enough for a connection, or for another attempt. interruption: of the server before.
     received: tokens of each sample that were taken, last: the last delta of each that was; empty where the
     generation ends with its connection.
+    prompt_received: entries of the prompt's log-probabilities that were taken.
     reopened: the present connection is not the one that it began on.
     """
 
@@ -81,7 +82,18 @@ class Inbox:
             "link",
             "received",
         ),
-        *("reopened", "request", "settles_at", "stream", "timer", "tokens", "tried", "tries", "uncertain"),
+        *(
+            "prompt_received",
+            "reopened",
+            "request",
+            "settles_at",
+            "stream",
+            "timer",
+            "tokens",
+            "tried",
+            "tries",
+            "uncertain",
+        ),
         *("unsettled", "until_s", "waiters", "was_sent"),
     )
 
@@ -105,6 +117,7 @@ class Inbox:
         self.request: Generate | Resume | None = request
         self.received = received
         self.last: list[Delta | None] = [None] * len(received)
+        self.prompt_received = request.prompt_received if isinstance(request, Resume) else 0
         self.reopened = False
         self.deltas: deque[Delta] = deque()
         self.costs: deque[int] = deque()
@@ -208,7 +221,9 @@ class Inbox:
     def take(self) -> Delta:
         """The next delta, which counts as received; whoever takes it says `consumed` once it is done with it."""
         delta = self.deltas.popleft()
-        if self.received and delta.sample < len(self.received):
+        if delta.prompt_logprobs:
+            self.prompt_received += len(delta.prompt_logprobs)
+        elif self.received and delta.sample < len(self.received):
             self.received[delta.sample] += len(delta.token_ids)
             self.last[delta.sample] = delta
         return delta
@@ -333,7 +348,8 @@ class Generation:
         the server does not have the feature "resume", with which it would say so.
         """
         inbox = self._inbox
-        if inbox.accepted is None and "resume" not in inbox.link.features and not inbox.ended:
+        tells = not inbox.link.features.isdisjoint(("resume", ACCEPTANCE))
+        if inbox.accepted is None and not tells and not inbox.ended:
             raise InvalidRequest(
                 "the server does not say when it accepts a request: it has not granted the feature resume",
                 field="features",
@@ -397,6 +413,10 @@ class Generation:
         link = self._inbox.link
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
             link.loop.call_soon_threadsafe(link.consumed, self._inbox, cost)
+
+    def used(self, cost: int) -> None:
+        """As `consumed`, for who is on the loop of the connection."""
+        self._inbox.link.consumed(self._inbox, cost)
 
     def cancel(self) -> None:
         """Ask the server to stop. What it had sent still comes, then `final` says "cancelled"."""

@@ -102,7 +102,7 @@ class Heap:
             stream = self._cutting.pop()
             if stream in self._held:
                 left -= STREAM_BYTES + self._held[stream]
-                stream.forget_sent()
+                stream.forget(1 / 2, sent_only=True)
                 self.measure(stream)
         if left > 0 and self.num_bytes > self._limit:
             for stream in sorted(self._held, key=self._cost_of_ending):

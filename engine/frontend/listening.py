@@ -8,7 +8,11 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from fcntl import ioctl
 from ipaddress import ip_address
+from struct import Struct as Layout
+from termios import TIOCOUTQ
+from typing import cast
 
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.address import Address, TcpAddress, UnixAddress
@@ -16,6 +20,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 
 log = logging.getLogger(__name__)
 
+INT = Layout("i")
 KEEPALIVE_PROBES = 4
 LINGER_S = 2.0  # how long a peer may take to read what its connection ends with
 KERNEL_BYTES = 128 * 1024  # that the kernel takes beyond what it can send: a reader that stalls is seen early
@@ -67,6 +72,15 @@ def peer_of(name: object) -> tuple[str, bool]:
     host = ip_address(str(name[0]).partition("%")[0])
     mapped = getattr(host, "ipv4_mapped", None) or host
     return str(TcpAddress(str(mapped), name[1])), mapped.is_loopback
+
+
+def in_kernel(sock: socket.socket | None) -> int:
+    """Bytes that the kernel has taken of a connection, and its peer has not."""
+    try:
+        (num_bytes,) = INT.unpack(ioctl(cast(socket.socket, sock).fileno(), TIOCOUTQ, bytes(INT.size)))
+    except (AttributeError, OSError):
+        return 0
+    return cast(int, num_bytes)
 
 
 def watch_socket(sock: socket.socket, keepalive_s: float) -> None:

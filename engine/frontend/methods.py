@@ -19,22 +19,31 @@ from cierzo.engine.messages import (
     CancelRequest,
     ClientMessage,
     Credit,
+    Detokenize,
     Done,
     Drain,
     Generate,
     GetHealth,
     GetModel,
     GetStats,
+    GetTokenizer,
     Health,
     Hello,
     Ping,
     Pong,
     Resume,
     Stats,
+    Tokenize,
 )
 
 # Messages that belong to a feature.
-FEATURE_OF = {Attach: "attach", Resume: "resume", CancelRequest: "resume", Credit: "credit", Pong: "keepalive"}
+FEATURE_OF = {
+    Attach: "attach",
+    Credit: "credit",
+    Pong: "keepalive",
+    **dict.fromkeys((Resume, CancelRequest), "resume"),
+    **dict.fromkeys((Tokenize, Detokenize, GetTokenizer), "tokenize"),
+}
 
 
 class Methods:
@@ -54,6 +63,9 @@ class Methods:
             GetHealth: self._health,
             GetStats: self._stats,
             GetModel: self._model,
+            Tokenize: frontend.words.take,
+            Detokenize: frontend.words.take,
+            GetTokenizer: self._tokenizer,
             Drain: self._drain,
         }
 
@@ -79,6 +91,14 @@ class Methods:
         """Run `generate` for a message that is too long to be decoded here."""
         try:
             self._frontend.generate_large(sink, stream_id, body, deadline_s)
+        except CierzoError as error:
+            self._frontend.fail(sink, stream_id, error)
+
+    def words_large(self, sink: Sink, stream_id: int, method: str, body: bytearray) -> None:
+        """Answer a message about words that is too long to be decoded here."""
+        try:
+            require_feature(sink.features, "tokenize", method, "type", method)
+            self._frontend.words.take_large(sink, stream_id, method, body)
         except CierzoError as error:
             self._frontend.fail(sink, stream_id, error)
 
@@ -136,6 +156,10 @@ class Methods:
     def _model(self, sink: Sink, message: GetModel) -> None:
         model = msgspec.structs.replace(self._frontend.model, stream=message.stream)
         sink.put(model if "parts" in sink.features else without_parts(model))
+
+    def _tokenizer(self, sink: Sink, message: GetTokenizer) -> None:
+        require_right(sink, "stats")
+        sink.put(self._frontend.words.info(message))
 
     def _drain(self, sink: Sink, message: Drain) -> None:
         require_right(sink, "drain")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, cast
+
+import msgspec
 
 from cierzo.engine.errors import CierzoError, SlowReader
 from cierzo.engine.frontend.config import FrontendConfig
@@ -22,11 +24,7 @@ from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.stream import NewReader, Sink, Stream
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
-from cierzo.engine.messages import (
-    Accepted,
-    Delta,
-    TokenDelta,
-)
+from cierzo.engine.messages import ACCEPTANCE, Accepted, Delta, TokenDelta, TokenLogprobs
 
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
@@ -95,12 +93,15 @@ class Outlets:
         """A stream was accepted, or has a new reader: it gets what is behind the cursor."""
         sink = stream.sink
         assert sink is not None
-        if stream.name:
+        if ACCEPTANCE in sink.features:
+            accepted = self._accepted(stream)
+            sink.put(msgspec.structs.replace(accepted, prompt_tokens=stream.num_prompt_tokens))
+        elif stream.name:
             sink.put(self._accepted(stream))
         stream.skips = False
         stream.credit = self._config.stream_credit_bytes if "credit" in sink.features else None
         is_behind = stream.unsent
-        stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if is_behind else 0
+        stream.pending_bytes = stream.unsent_bytes if is_behind else 0
         stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes
         stream.flows = stream.deltas and not is_behind
         stream.begin_reading()
@@ -141,7 +142,7 @@ class Outlets:
             return
         stream.credit += num_bytes
         self._took(stream)
-        if stream.sampling.logprobs is not None:
+        if stream.has_logprobs:
             stream.consume(num_bytes, self._config.stream_credit_bytes - stream.credit)
         if stream.credit > 0 and not stream.flows and stream.deltas:
             if stream.unsent:
@@ -183,7 +184,19 @@ class Outlets:
                 stream.credit -= parts_cost(parts)
             stream.flows = stream.credit > 0
         if len(sample.token_ids) % BOUND_TOKENS < len(token_ids):
-            self._bound(stream, sample)
+            sample.remember()
+            self._bound(stream)
+
+    def add_scores(self, stream: Stream, entries: list[msgspec.Raw]) -> None:
+        """Take log-probabilities of the prompt. The reader gets them in turns, as a step may bring thousands; the
+        core waits for one who still lacks many of the steps before."""
+        assert stream.prompt is not None
+        num_bytes, is_late = stream.prompt.extend(entries), stream.pending_bytes * 2 > stream.pending_limit
+        self._bound(stream)
+        if self._waits(stream, num_bytes):
+            self._make_ready(stream)
+            if is_late and not stream.paused:
+                self._pause(stream)
 
     def ended(self, stream: Stream) -> None:
         """Nothing more will come: the reader gets the last message, after what it has not got. A whole answer waits
@@ -248,27 +261,33 @@ class Outlets:
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
         num_bytes = sample.append(delta)
         if len(sample.token_ids) % BOUND_TOKENS < len(delta.token_ids):
-            self._bound(stream, sample)
+            sample.remember()
+            self._bound(stream)
+        is_running = self._waits(stream, num_bytes) and delta.finish is None
+        if is_running and stream.pending_bytes > stream.pending_limit and not stream.paused:
+            self._pause(stream)
+
+    def _waits(self, stream: Stream, num_bytes: int) -> bool:
+        """So many bytes more of a stream are in its log: whether a reader waits for them."""
         if stream.sink is None or not stream.deltas:
-            return
+            return False
         stream.flows = False
         self._behind(stream)
         stream.pending_bytes += num_bytes
-        if stream.pending_bytes > stream.pending_limit and not stream.paused and delta.finish is None:
-            stream.paused = True
-            share = self._config.stream_credit_bytes // len(stream.samples)
-            for each, consumed in zip(stream.samples, stream.consumed, strict=True):
-                each.keep_sent(share) if stream.credit is None else each.keep_from(consumed)
-            self._core.withdraw(stream)
+        return True
 
-    def _bound(self, stream: Stream, sample: Sample) -> None:
+    def _pause(self, stream: Stream) -> None:
+        """Have the core work on something else until the reader has taken what waits."""
+        stream.paused = True
+        stream.keep_for_reader(self._config.stream_credit_bytes)
+        self._core.withdraw(stream)
+
+    def _bound(self, stream: Stream) -> None:
         """Look at what a stream takes; now and then, as that costs as much as a delta. One that can be resumed is
         kept within `max_answer_bytes`: its oldest log-probabilities go."""
-        sample.remember()
         self._heap.measure(stream)
-        if stream.deltas and stream.name and stream.num_bytes > self._config.max_answer_bytes:
-            for sample in stream.samples:
-                sample.forget_logprobs(1 / 4, sent_only=stream.sink is not None)
+        if stream.name and stream.num_bytes > self._config.max_answer_bytes:
+            stream.forget(1 / 4, sent_only=stream.sink is not None)
 
     def _behind(self, stream: Stream) -> None:
         """Have the reader watched, and remember what it waits for."""
@@ -323,10 +342,12 @@ class Outlets:
         if sink.is_paused:
             self._waiting.setdefault(sink, {})[stream] = None
             return 0, False
-        if stream.sampling.logprobs is not None:
+        if stream.has_logprobs:
             most = min(most, CHUNK_LOGPROBS)
         elif stream.apart:
             most = min(most, CHUNK_PARTS)
+        if stream.has_scores and stream.unsent and _may_send(stream):
+            num_tokens = self._send_scores(stream, most)
         for sample in stream.samples:
             while stream.unsent and sample.unsent and num_tokens < most and _may_send(stream):
                 num_tokens += self._send(stream, sample, most - num_tokens)
@@ -406,9 +427,21 @@ class Outlets:
         self._took(stream)
         return len(token_ids)
 
+    def _send_scores(self, stream: Stream, most: int) -> int:
+        """Put a delta with up to `most` log-probabilities of the prompt that the reader has not got."""
+        log, sink = stream.prompt, stream.sink
+        assert log is not None
+        assert sink is not None
+        count, packed = log.send(most)
+        sink.put(Delta(stream=stream.stream_id, prompt_logprobs=cast(list[TokenLogprobs], packed)))
+        if stream.credit is not None:
+            stream.credit -= text_cost(0, "") + count * log.cost
+        self._took(stream)
+        return count
+
     def _progress(self, stream: Stream, is_done: bool) -> None:
         """The reader was sent what it may have: if it is all there is, or half, its stream goes on."""
-        stream.pending_bytes = sum(sample.unsent_bytes for sample in stream.samples) if stream.deltas else 0
+        stream.pending_bytes = stream.unsent_bytes
         goes_on = stream.paused and stream.ended_at_s is None and stream.pending_bytes * 2 < stream.pending_limit
         if goes_on:
             stream.paused = False
@@ -443,7 +476,7 @@ class Outlets:
 
 def _weight(stream: Stream) -> int:
     """Work that a token of a stream is, in tokens of text alone."""
-    return LOGPROBS_TOKENS if stream.sampling.logprobs is not None else PARTS_TOKENS if stream.apart else 1
+    return LOGPROBS_TOKENS if stream.has_logprobs else PARTS_TOKENS if stream.apart else 1
 
 
 def _may_send(stream: Stream) -> bool:

@@ -35,6 +35,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.stream import Sink
 from cierzo.engine.frontend.wire_checks import undecodable
+from cierzo.engine.frontend.wording import DECODERS
 from cierzo.engine.messages import MAGIC, OLDEST_VERSION, PROTOCOL_VERSION, Attach, ClientMessage, Message
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,8 @@ def receive_large(sink: Sink, methods: Methods, frontend: Frontend, frame: Large
             frontend.fail(sink, found.stream, twice, attaching=True)
             return
         _dispatch(sink, methods, frontend, Attach(stream=found.stream, data=cast("bytes", data)))
+    elif found.type in DECODERS:
+        methods.words_large(sink, found.stream, found.type, frame.body)
     else:
         size = len(frame.body)
         too_large = FrameTooLarge(

@@ -12,9 +12,6 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from fcntl import ioctl
-from struct import Struct as Layout
-from termios import TIOCOUTQ
 from typing import cast
 
 import msgspec
@@ -31,7 +28,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.limits import require_room
-from cierzo.engine.frontend.listening import LINGER_S, listen, peer_of, watch_socket
+from cierzo.engine.frontend.listening import LINGER_S, in_kernel, listen, peer_of, watch_socket
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
 from cierzo.engine.frontend.tenants import EVERYBODY, Visitor
@@ -45,7 +42,6 @@ from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, L
 log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
-INT = Layout("i")
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
 
 
@@ -200,12 +196,8 @@ class Connection(asyncio.Protocol):
             return self._num_written
         queued = self._transport.get_write_buffer_size()
         sock = self._transport.get_extra_info("socket")
-        try:
-            (in_kernel,) = INT.unpack(ioctl(sock.fileno(), TIOCOUTQ, bytes(INT.size)))
-        except (AttributeError, OSError):
-            in_kernel = 0
         written = self._transport.get_extra_info("num_written", self._num_written)  # TLS counts what it makes of it
-        return written - queued - cast(int, in_kernel)
+        return written - queued - in_kernel(sock)
 
     @property
     def unsent_bytes(self) -> int:

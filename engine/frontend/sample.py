@@ -8,7 +8,7 @@ be put anywhere by a few tokens: the log keeps where it stood, now and then.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import cast
@@ -17,33 +17,43 @@ import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.answer import in_order, joined
+from cierzo.engine.frontend.logprob_log import LogprobLog
 from cierzo.engine.messages import EndReason, Finish, Part, Submit, TokenDelta, TokenLogprobs
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import Reader
 from cierzo.engine.text.reader_state import ReaderState
+from cierzo.scheduler.plan import entry_bytes
 
 NEVER_S = -1.0  # a time before all others
 TOKEN_BYTES = 4
 TEXT_BYTES = 4  # of a token, about; of an answer in parts its states instead
-ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14  # most that a token's log-probabilities, and each alternative, take
 STATE_TOKENS = 1024  # after so many, where a reader of parts stands is kept: nobody has to read more again
 STATE_BYTES = 128  # of a state that is kept, besides its MessagePack
 NO_PARTS: list[Part] = []
 Taken = tuple[list[int], str, list[TokenLogprobs] | None, list[Part]]  # tokens, text, log-probabilities, parts
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[TokenLogprobs]).decode
 _decode_state = msgspec.msgpack.Decoder(ReaderState).decode
 
 
 def most_token_bytes(logprobs: int | None) -> int:
     """Heap that a token of an answer takes at most, with so many alternatives to it."""
-    known = 0 if logprobs is None else ENTRY_BYTES + ALTERNATIVE_BYTES * logprobs
-    return TOKEN_BYTES + TEXT_BYTES + known
+    return TOKEN_BYTES + TEXT_BYTES + (0 if logprobs is None else entry_bytes(logprobs))
 
 
-def require_bounded(submit: Submit, limit: int) -> None:
+def require_bounded(submit: Submit, num_prompt_tokens: int, limit: int) -> None:
     """Raise InvalidRequest for answers that are to come in one piece, and may take more bytes than `limit`."""
     params = submit.sampling
+    if params.prompt_logprobs is not None:
+        each = entry_bytes(params.prompt_logprobs)
+        if num_prompt_tokens * each > limit // 2:
+            raise InvalidRequest(
+                f"without deltas, log-probabilities of {num_prompt_tokens} prompt tokens may take {each} bytes "
+                f"each, more than half of max_answer_bytes, {limit}",
+                field="sampling.prompt_logprobs",
+                limit=f"a prompt of {limit // 2 // each} tokens",
+                value=num_prompt_tokens,
+            )
+        limit -= num_prompt_tokens * each
     token_bytes = most_token_bytes(params.logprobs)
     if params.n * params.max_tokens * token_bytes > limit:
         raise InvalidRequest(
@@ -53,70 +63,6 @@ def require_bounded(submit: Submit, limit: int) -> None:
             limit=limit // (params.n * token_bytes),
             value=params.max_tokens,
         )
-
-
-class LogprobLog:
-    """Log-probabilities of consecutive tokens, as the MessagePack in which they are sent: a fifth of the heap that
-    they take as objects. `first`: the index of the token that the first entry belongs to."""
-
-    __slots__ = ("_data", "_dropped", "_ends", "first")
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-        self._data = bytearray()
-        self._ends = array("I")
-        self._dropped = 0  # bytes that were forgotten: `_ends` counts them too
-
-    @property
-    def num_bytes(self) -> int:
-        """Heap of what is kept."""
-        return len(self._data) + 4 * len(self._ends)
-
-    def add(self, entries: list[TokenLogprobs]) -> bytes:
-        """Append the entries of the next tokens; a MessagePack list of them, which are fewer than 65,536."""
-        data, ends = self._data, self._ends
-        if len(entries) == 1:
-            packed = _encode(entries)
-            data += packed[1:]
-            ends.append(self._dropped + len(data))
-            return packed
-        start = len(data)
-        for entry in entries:
-            data += _encode(entry)
-            ends.append(self._dropped + len(data))
-        return b"\xdc" + len(entries).to_bytes(2, "big") + data[start:]
-
-    def whole(self) -> tuple[bytes, bytearray]:
-        """All of it, as the header and the entries of a MessagePack list."""
-        return b"\xdd" + len(self._ends).to_bytes(4, "big"), self._data
-
-    def packed(self, start: int, end: int) -> msgspec.Raw:
-        """A MessagePack list of the entries of tokens `start` to `end`."""
-        low, high = self._place(start), self._place(end)
-        return msgspec.Raw(b"\xdd" + (end - start).to_bytes(4, "big") + self._data[low:high])
-
-    def read(self, start: int, end: int) -> list[TokenLogprobs]:
-        """The entries of tokens `start` to `end`."""
-        return _decode(self.packed(start, end))
-
-    def before(self, token: int, num_bytes: int) -> int:
-        """The first token whose entry, with all from there to `token`, takes at most so many bytes."""
-        beyond = self._place(token) - num_bytes
-        return self.first if beyond <= 0 else self.first + 1 + bisect_left(self._ends, self._dropped + beyond)
-
-    def forget(self, until: int) -> None:
-        """Drop the entries of tokens before `until`."""
-        count = min(until - self.first, len(self._ends))
-        if count > 0:
-            place = self._place(self.first + count)
-            del self._data[:place], self._ends[:count]
-            self._dropped += place
-            self.first += count
-
-    def _place(self, token: int) -> int:
-        """Where the entry of a token begins."""
-        index = token - self.first
-        return self._ends[index - 1] - self._dropped if index > 0 else 0
 
 
 class Sample:

@@ -133,12 +133,12 @@ class Session:
         self._budget.earn()
         return self._begin(inbox, message)
 
-    def resume(self, request_id: str, received: Iterable[int]) -> Generation:
+    def resume(self, request_id: str, received: Iterable[int], prompt_received: int) -> Generation:
         """Go on with a request whose first tokens are known, at whichever address knows it. Raises InvalidRequest
         without the feature "resume"."""
         link = self.link
         require(link.welcome, "resume", "resume")
-        request = Resume(stream=0, request_id=request_id, received=[*received])
+        request = Resume(stream=0, request_id=request_id, received=[*received], prompt_received=prompt_received)
         return self._begin(self._inbox(link, request, request.received), request)
 
     async def cancel_request(self, request_id: str) -> None:
@@ -310,15 +310,18 @@ class Session:
     def _move(self, inbox: Inbox, request: Generate, interruption: Interrupted) -> bool:
         """Have an answer that its server has interrupted go on elsewhere, from the tokens that came."""
         num_known = len(request.output_token_ids)
-        came = bool(inbox.deltas) or any(received > num_known for received in inbox.received)
-        if came and request.sampling.n > 1:
-            return False
+        came = bool(inbox.deltas or inbox.prompt_received)
+        came = came or any(received > num_known for received in inbox.received)
+        params = request.sampling
+        if came and (params.n > 1 or (params.prompt_logprobs is not None and len(inbox.tokens) == num_known)):
+            return False  # of log-probabilities of a prompt too, no request can name those that came
         self._endpoint_of(inbox.link).rest()
         inbox.tried = ()
         if not self._elsewhere(inbox):
             return False
         if interruption.value is not None:
-            params = msgspec.structs.replace(request.sampling, seed=int(interruption.value))
+            scored = None if came else params.prompt_logprobs  # all of them came before the first token
+            params = msgspec.structs.replace(params, seed=int(interruption.value), prompt_logprobs=scored)
             request = msgspec.structs.replace(request, sampling=params, output_token_ids=[*inbox.tokens])
         if inbox.has_own_key:
             request = msgspec.structs.replace(request, idempotency_key=_new_key())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -15,6 +15,7 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.accounting import add_run
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.prompt_log import PromptLog
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.tenancy import Book
 from cierzo.engine.frontend.tenants import Access, Tenant
@@ -28,6 +29,7 @@ from cierzo.engine.messages import (
     SamplingParams,
     Submit,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 from cierzo.engine.text.prompt import CallLimit, PromptEncoder, Reader
@@ -87,6 +89,8 @@ class Stream:
     the reader; beyond `pending_limit` it is paused, which means that the core does not know it. consumed: tokens of
     each sample that a reader who gives credit has for sure; it has `mark` too after so many `mark_bytes` of credit.
 
+    prompt: log-probabilities of the prompt, if they are wanted.
+
     apart: text, thoughts and calls are told apart, for whoever reads it: the model marks them, and the connection
     that asked has the feature "parts". in_thinking: the prompt ends within a thought. calls: how many the answer
     may hold.
@@ -117,6 +121,7 @@ class Stream:
     ended_at_s: float | None = None
     error: CierzoError | None = None
     samples: list[Sample] = field(default_factory=list)
+    prompt: PromptLog | None = None
     running: int = 0
     credit: int | None = None
     flows: bool = False
@@ -157,23 +162,52 @@ class Stream:
             Sample(i, detokenizer, submit.output_token_ids, keeps=keeps, whole=whole, states=states)
             for i, detokenizer in enumerate(detokenizers)
         ]
+        if submit.sampling.prompt_logprobs is not None:
+            self.prompt = PromptLog(submit.sampling.prompt_logprobs, keeps=keeps)
         self.running = len(self.samples)
+
+    @property
+    def _logs(self) -> list[Sample | PromptLog]:
+        """All that has a cursor."""
+        return [*self.samples] if self.prompt is None else [*self.samples, self.prompt]
 
     @property
     def unsent(self) -> bool:
         """Whether the reader has not got all deltas that there are."""
-        return self.deltas and not self.skips and any(sample.unsent for sample in self.samples)
+        return self.deltas and not self.skips and (self.has_scores or any(s.unsent for s in self.samples))
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the reader has not got all log-probabilities of the prompt that there are."""
+        return self.prompt is not None and self.prompt.is_unsent
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Heap of what the reader has not got."""
+        return sum([log.unsent_bytes for log in self._logs]) if self.deltas else 0
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether its deltas have log-probabilities of any kind."""
+        return self.sampling.logprobs is not None or self.prompt is not None
 
     def begin_reading(self) -> None:
         """A reader comes, who has all before the cursors."""
-        self.consumed = self.mark = [sample.sent for sample in self.samples]
+        self.consumed = self.mark = [log.sent for log in self._logs]
         self.mark_bytes = 0
+
+    def keep_for_reader(self, num_bytes: int) -> None:
+        """Drop log-probabilities that the reader has for sure; where it gives no credit, all that it was sent but
+        for the last ones, in so many bytes."""
+        share = num_bytes // len(self._logs)
+        for log, consumed in zip(self._logs, self.consumed, strict=True):
+            log.keep_sent(share) if self.credit is None else log.keep_from(consumed)
 
     def consume(self, num_bytes: int, lacking: int) -> None:
         """The reader has consumed so much more; of what was sent, it lacks at most `lacking` bytes."""
         self.mark_bytes -= num_bytes
         if self.mark_bytes <= 0:
-            self.consumed, self.mark, self.mark_bytes = self.mark, [sample.sent for sample in self.samples], lacking
+            self.consumed, self.mark, self.mark_bytes = self.mark, [log.sent for log in self._logs], lacking
 
     def end(self, sample: Sample, finish: Finish) -> bool:
         """Record the end of a sample; True if it was the last one."""
@@ -210,18 +244,18 @@ class Stream:
     def drop_answer(self) -> None:
         """Let go of it all; what it ends with is an error."""
         self.num_dropped = self.num_generated
-        self.samples = []
+        self.samples, self.prompt = [], None
 
     @property
     def num_bytes(self) -> int:
         """Heap of the answer."""
-        return sum([sample.num_bytes for sample in self.samples])
+        return sum([log.num_bytes for log in self._logs])
 
-    def forget_sent(self) -> None:
-        """Drop the older half of the log-probabilities that could be sent again."""
+    def forget(self, share: float, *, sent_only: bool) -> None:
+        """Drop the oldest log-probabilities, a share of those that are kept; `sent_only`: before the cursors."""
         if self.deltas:
-            for sample in self.samples:
-                sample.forget_logprobs(1 / 2, sent_only=True)
+            for log in self._logs:
+                log.forget_logprobs(share, sent_only=sent_only)
 
     def end_cut(self, now: float) -> bool:
         """End the samples whose stop string was found, as if the core had answered; True if none is left."""
@@ -244,7 +278,11 @@ class Stream:
         """
         assert self.submit is not None
         submit = msgspec.structs.replace(
-            self.submit, request_id=run_id, arrival_s=self.arrived, deadline_at_s=self.deadline_at_s
+            self.submit,
+            request_id=run_id,
+            arrival_s=self.arrived,
+            deadline_at_s=self.deadline_at_s,
+            num_scored=0 if self.prompt is None else self.prompt.end,
         )
         if self.first_token_s is None and self.running == len(self.samples):
             return [submit]
@@ -254,7 +292,7 @@ class Stream:
         return [
             msgspec.structs.replace(
                 submit,
-                sampling=msgspec.structs.replace(submit.sampling, n=1),
+                sampling=_of_one(submit.sampling, sample.index),
                 output_token_ids=sample.token_ids.tolist(),
                 first_sample=sample.index,
             )
@@ -268,6 +306,7 @@ class Stream:
             return failure(self.stream_id, self.error)
         if self.deltas:
             return self.final([end for _, end in self.ends()])
+        scores = [] if self.prompt is None else cast(list[TokenLogprobs], self.prompt.packed(0, self.prompt.end))
         samples = []
         for sample, end in self.ends():
             token_ids, logprobs = sample.token_ids.tolist(), sample.all_logprobs()
@@ -275,7 +314,7 @@ class Stream:
             samples.append(
                 msgspec.structs.replace(end, token_ids=token_ids, text=text, logprobs=logprobs, parts=parts)
             )
-        return self.final(samples)
+        return msgspec.structs.replace(self.final(samples), prompt_logprobs=scores)
 
     def final(self, samples: list[SampleEnd]) -> Final:
         """The final record, with these records of its samples."""
@@ -340,6 +379,12 @@ class Stream:
             decode_s=total_s - first_token_s,
             total_s=total_s,
         )
+
+
+def _of_one(params: SamplingParams, sample: int) -> SamplingParams:
+    """The parameters for a sample alone; the first one's run scores the prompt for all."""
+    scored = params.prompt_logprobs if sample == 0 else None
+    return msgspec.structs.replace(params, n=1, prompt_logprobs=scored)
 
 
 NewReader = Callable[[Stream, int], Reader | None]  # of a stream's sample: one that has seen nothing of it yet

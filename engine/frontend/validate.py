@@ -87,7 +87,7 @@ def request(
             limit=model.max_model_len - len(message.output_token_ids) - 1,
             value=len(prompt_token_ids),
         )
-    _token_ids(source, prompt_token_ids, model.vocab_size)
+    token_ids(source, prompt_token_ids, model.vocab_size)
     if message.token_ids is not None:
         _no_images(prompt_token_ids, image_token_ids)
     params = message.sampling
@@ -181,16 +181,17 @@ def _sampling(params: SamplingParams, config: FrontendConfig, model: ModelInfo) 
         _within("sampling.n", params.n, 1, config.max_samples)
     if params.seed is not None:
         _within("sampling.seed", params.seed, 0, MAX_SEED)
-    if params.logprobs is not None:
-        _within("sampling.logprobs", params.logprobs, 0, min(config.max_logprobs, model.vocab_size))
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None:
+            _within(f"sampling.{name}", count, 0, min(config.max_logprobs, model.vocab_size))
     if params.logit_bias:
         _count("sampling.logit_bias", params.logit_bias, config.max_logit_bias)
-        _token_ids("sampling.logit_bias", params.logit_bias, model.vocab_size)
+        token_ids("sampling.logit_bias", params.logit_bias, model.vocab_size)
         for token_id, bias in params.logit_bias.items():
             _within(f"sampling.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
     if params.stop_token_ids:
         _count("sampling.stop_token_ids", params.stop_token_ids, config.max_stop_token_ids)
-        _token_ids("sampling.stop_token_ids", params.stop_token_ids, model.vocab_size)
+        token_ids("sampling.stop_token_ids", params.stop_token_ids, model.vocab_size)
     _masks(params, config, model)
 
 
@@ -198,7 +199,7 @@ def _masks(params: SamplingParams, config: FrontendConfig, model: ModelInfo) -> 
     """Check what a token may be, as far as no tokenizer is needed; text/masks.py has the rest."""
     if params.allowed_token_ids:
         _count("sampling.allowed_token_ids", params.allowed_token_ids, config.max_allowed_token_ids)
-        _token_ids("sampling.allowed_token_ids", params.allowed_token_ids, model.vocab_size)
+        token_ids("sampling.allowed_token_ids", params.allowed_token_ids, model.vocab_size)
     if params.bad_words:
         _count("sampling.bad_words", params.bad_words, config.max_bad_words)
         for index, word in enumerate(params.bad_words):
@@ -232,7 +233,7 @@ def _stop_strings(
 def _resume(message: Generate, model: ModelInfo) -> None:
     """A resumed generation is one sample, repeatable, and not over yet."""
     params, done = message.sampling, message.output_token_ids
-    _token_ids("output_token_ids", done, model.vocab_size)
+    token_ids("output_token_ids", done, model.vocab_size)
     if params.n != 1:
         raise InvalidRequest("output_token_ids resume one sample", field="sampling.n", limit=1, value=params.n)
     if params.seed is None and params.temperature != 0:
@@ -266,7 +267,8 @@ def _within(
     raise InvalidRequest(f"{field} is {value}{unit}, allowed: {limit}", field=field, limit=limit, value=value)
 
 
-def _token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:
+def token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:
+    """Raise InvalidRequest for an id, of one or more, that the vocabulary does not have."""
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest

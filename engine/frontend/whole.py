@@ -42,7 +42,11 @@ def build(stream: Stream, new_reader: NewReader) -> Pieces:
     final = stream.final([])
     head, tail = _encode(final).split(_NO_SAMPLES, 1)
     ends = stream.ends()
-    parts: list[Buffer] = [head, _NO_SAMPLES[:-1] + _LIST + _four(len(ends))]
+    parts: list[Buffer] = []
+    if stream.prompt is not None:
+        head = bytes([head[0] + 1]) + head[1:]
+        parts = [_encode("prompt_logprobs"), *stream.prompt.whole()]
+    parts = [head, *parts, _NO_SAMPLES[:-1] + _LIST + _four(len(ends))]
     for sample, end in ends:
         parts += yield from _sample(sample, end, new_reader(stream, sample.index))
     parts.append(tail)

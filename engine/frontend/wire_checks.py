@@ -24,11 +24,13 @@ FEATURE_OF_FIELD = {
 FEATURE_OF_PARAMETER = {
     **dict.fromkeys(("allowed_token_ids", "bad_words"), "masks"),
     "max_thinking_tokens": "parts",
+    "prompt_logprobs": "prompt_logprobs",
 }
 _fields, _parameters = attrgetter(*FEATURE_OF_FIELD), attrgetter(*FEATURE_OF_PARAMETER)
 _PLAIN, _PLAIN_PARAMETERS = _fields(Generate(stream=0)), _parameters(SamplingParams())
 ATTACHABLE = ("text", "messages", "token_ids")
 CHUNKS = ("text", "thinking")
+MAX_PIECES = 65_536  # tokens whose bytes are told at a time
 MAX_READ_AGAIN_BYTES = 64 * 1024  # of a message that is refused, for the value that was wrong in it
 
 

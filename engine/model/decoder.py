@@ -5,6 +5,7 @@ h = x + attention(norm(x));  x' = h + mlp(norm'(h));  hidden = final_norm(x_last
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -33,12 +34,25 @@ class Decoder:
 
         logit_rows: int64 [M], or None for all. With several ranks, this rank's vocab / world columns.
         """
+        weights, tables = self._on(kv), self._positions.tables(rows)
+        if self._shard.world == 1:
+            return block.decoder(weights, rows, tables, logit_rows)
+        return compose.decoder(weights, rows, tables, logit_rows, self._shard.all_reduce)
+
+    @torch.inference_mode()
+    def head(self, rows: StepRows, kv: KVPool) -> Callable[[Tensor], Tensor]:
+        """Compute the step as `logits` does, bit for bit, and give what makes logits of some of its rows, int64
+        [M] -> fp32 [M,vocab]: for a step of more rows than there is room for logits of."""
+        weights, tables = self._on(kv), self._positions.tables(rows)
+        all_reduce = None if self._shard.world == 1 else self._shard.all_reduce
+        x, residual = compose.layers(weights, rows, tables, all_reduce)
+        return lambda some: compose.head(weights, x, residual, some)
+
+    def _on(self, kv: KVPool) -> DecoderWeights:
+        """The weights, with the pages of a pool."""
         if self._pool is not kv:
             pages = [
                 (page.latents,) if isinstance(page, MlaPages) else (page.keys, page.values) for page in kv.layers
             ]
             self._pool, self.weights = kv, replace(self.weights, pages=pages)
-        tables = self._positions.tables(rows)
-        if self._shard.world == 1:
-            return block.decoder(self.weights, rows, tables, logit_rows)
-        return compose.decoder(self.weights, rows, tables, logit_rows, self._shard.all_reduce)
+        return self.weights

@@ -29,13 +29,21 @@ def plain_answer(submit: Submit, sample: int) -> list[int]:
     return [(start + 7 * position) % 256 for position in range(submit.sampling.max_tokens)]
 
 
+def made_up_entry(place: int, token: int, count: int) -> TokenLogprobs:
+    """Log-probabilities of the prompt's token behind `place`, and of others."""
+    top = [(token + rank) % 256 for rank in range(count)]
+    return TokenLogprobs(token, -float(place), top, [-float(place + rank) for rank in range(count)])
+
+
 @dataclass
 class Sequence:
-    """A sample of a request while it runs. `due_s`: when its next token comes, where tokens have times."""
+    """A sample of a request while it runs. `due_s`: when its next token comes, where tokens have times. `scored`:
+    log-probabilities of the prompt that were told."""
 
     submit: Submit
     answer: list[int]
     done: int
+    scored: int
     due_s: float = 0.0
 
 
@@ -46,6 +54,7 @@ class FakeCore:
         self.submits: list[Submit] = []
         self.aborts: list[Abort] = []
         self.running: dict[Key, Sequence] = {}
+        self.scored_at_once = 1024  # tokens of a prompt, in a step
         self._answer = answer
 
     def take(self, submit: Submit) -> list[Sequence]:
@@ -60,7 +69,9 @@ class FakeCore:
             assert key not in self.running
             answer = self._answer(submit, sample)
             assert answer[: len(submit.output_token_ids)] == submit.output_token_ids
-            begun.append(Sequence(submit, answer, len(submit.output_token_ids)))
+            is_scored = submit.sampling.prompt_logprobs is not None and sample == submit.first_sample
+            scored = submit.num_scored if is_scored else len(submit.prompt_token_ids)
+            begun.append(Sequence(submit, answer, len(submit.output_token_ids), scored))
             self.running[key] = begun[-1]
         return begun
 
@@ -71,12 +82,14 @@ class FakeCore:
         return StepOutput(deltas=[self.end(key, abort.reason) for key in keys])
 
     def make(self, keys: Iterable[Key] | None = None) -> StepOutput:
-        """Make one token for each of these sequences, or for every running one."""
+        """Make one token for each of these sequences, or for every running one; what is scored of prompts first."""
         deltas = [self._next(key) for key in list(self.running if keys is None else keys)]
         return StepOutput(deltas=deltas, stats=CoreStats(running=len(self.running), total_blocks=9))
 
     def _next(self, key: Key) -> TokenDelta:
         sequence = self.running[key]
+        if entries := self._score(sequence):
+            return TokenDelta(*key, [], None, None, entries)
         token = sequence.answer[sequence.done]
         sequence.done += 1
         sampling = sequence.submit.sampling
@@ -86,6 +99,19 @@ class FakeCore:
         if sequence.done == len(sequence.answer):
             return self.end(key, "length", (token,))
         return TokenDelta(*key, [token], self.logprobs(sequence, (token,)), None)
+
+    def _score(self, sequence: Sequence) -> list[msgspec.Raw]:
+        """The next log-probabilities of a prompt, as many as come in a step; made up of place and token."""
+        start, prompt, sampling = (
+            sequence.scored,
+            sequence.submit.prompt_token_ids[1:],
+            sequence.submit.sampling,
+        )
+        sequence.scored += self.scored_at_once
+        return [
+            msgspec.Raw(msgspec.msgpack.encode(made_up_entry(place, token, sampling.prompt_logprobs or 0)))
+            for place, token in enumerate(prompt[start : sequence.scored], start)
+        ]
 
     def end(self, key: Key, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> TokenDelta:
         """End a sample with its last tokens; what is said of that."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import msgspec
 
@@ -15,7 +16,7 @@ from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.tenants import DEFAULT
-from cierzo.engine.messages import ModelInfo
+from cierzo.engine.messages import ModelInfo, Worded
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -33,7 +34,7 @@ class LocalEncoders:
         """Have a request encoded, as `Encoders.submit` does."""
         num_bytes, loop = len(body) + sum(map(len, attached)), asyncio.get_running_loop()
         self.budget.take(num_bytes, tenant)
-        future: asyncio.Future[Encoded] = loop.create_future()
+        future: asyncio.Future[Any] = loop.create_future()
         future.add_done_callback(lambda _: self.budget.give(num_bytes, tenant))
         answer = partial(self._answer, future, job, bytes(body), b"".join(attached))
         if self.delay_s is None:
@@ -42,10 +43,17 @@ class LocalEncoders:
             loop.call_later(self.delay_s(), answer)
         return future
 
-    def _answer(self, future: asyncio.Future[Encoded], job: Job, body: bytes, attached: bytes) -> None:
+    def word(self, job: Job, body: Buffer, deadline_at_s: float, tenant: str = DEFAULT) -> asyncio.Future[Worded]:
+        """Have a message about words answered, as `Encoders.word` does."""
+        return cast("asyncio.Future[Worded]", self.submit(job, body, [], deadline_at_s, tenant))
+
+    def _answer(self, future: asyncio.Future[Any], job: Job, body: bytes, attached: bytes) -> None:
         if future.done():
             return
         try:
+            if job.method != "generate":
+                future.set_result(self.encoder.word(job, body))
+                return
             encoded, token_ids = self.encoder.encode_job(job, body, attached if job.has_attached else None)
         except CierzoError as error:
             future.set_exception(error)

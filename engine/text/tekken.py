@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError, InvalidRequest
+from cierzo.engine.text.spellings import pattern_of
 from cierzo.engine.text.unicode import refuse_surrogates
 from cierzo.engine.text.vocabulary import TEKKEN_FILE
 
 BEGIN, END, SUFFIX, PREFIX = "<s>", "</s>", "[SUFFIX]", "[PREFIX]"
+ROLES = {"bos_token": BEGIN, "eos_token": END, "pad_token": "<pad>", "unk_token": "<unk>"}
 # mistral-common encodes a suffix behind this character and cuts off its tokens: so a suffix begins in mid-word.
 BEFORE_SUFFIX, CUT_TOKENS = "\u263a", 2
 MAX_REASON_CHARS = 300  # of what is wrong with a file, which may quote all of it
@@ -38,6 +41,8 @@ class TekkenVocabulary:
         self.control_ids: Mapping[str, int] = self.special_ids
         self.eos_token_id = self.special_ids.get(END)
         self.eos_token = "" if self.eos_token_id is None else END
+        self.spellings = {role: text for role, text in ROLES.items() if text in self.special_ids}
+        self._spelled = re.compile(f"({pattern_of(self.special_ids)})")
         self._begin = [self.special_ids[BEGIN]] if BEGIN in self.special_ids else []
         self._bytes = [inner.id_to_byte_piece(token_id) for token_id in range(self.num_tokens)]
         self.longest_token_bytes: int | None = max(map(len, self._bytes))
@@ -58,6 +63,15 @@ class TekkenVocabulary:
                 field="text",
                 limit="no run of about a million spaces",
             ) from error
+
+    def encode_spelled(self, text: str, *, alone: bool) -> list[int]:
+        """Token ids of a text whose spellings of control tokens are those tokens; `alone`, or behind <s>, unless it
+        begins with that itself."""
+        refuse_surrogates("text", text)
+        ids: list[int] = []
+        for number, piece in enumerate(self._spelled.split(text)):
+            ids += [self.special_ids[piece]] if number % 2 else self.encode_piece(piece) if piece else []
+        return ids if alone or ids[:1] == self._begin else self._begin + ids
 
     def encode_middle(self, text: str, suffix: str) -> list[int]:
         """Token ids of the prompt for what comes between two texts. Raises InvalidRequest where the vocabulary has

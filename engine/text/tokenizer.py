@@ -128,6 +128,16 @@ class Tokenizer:
         refuse_surrogates("text", text)
         return self._ids(text, "text")
 
+    def encode_spelled(self, text: str, *, alone: bool) -> list[int]:
+        """Token ids of a text whose spellings of control tokens are those tokens; `alone`, or with what is put
+        around a text, unless it begins with that itself."""
+        refuse_surrogates("text", text)
+        ids = self._ids(self._controls.call_all(text), "text")
+        if alone:
+            return ids
+        before = [] if ids[: len(self._before)] == self._before else self._before
+        return [*before, *ids, *self._after]
+
     def encode_middle(self, text: str, suffix: str) -> list[int]:
         """Token ids of the prompt for what comes between two texts. Raises InvalidRequest where the vocabulary has
         no tokens to ask for it, and for what is no Unicode text."""

@@ -26,6 +26,7 @@ class Vocabulary(TokenSizes, Protocol):
     strip_leading_space: bool
     eos_token: str
     eos_token_id: int | None
+    spellings: dict[str, str]  # of tokens with a role, by its name, such as "bos_token"
 
     @property
     def special_ids(self) -> Mapping[str, int]:
@@ -39,6 +40,11 @@ class Vocabulary(TokenSizes, Protocol):
 
     def encode_piece(self, text: str) -> list[int]:
         """Token ids of a text alone: nothing is put around it, and nothing in it becomes a control token."""
+        ...
+
+    def encode_spelled(self, text: str, *, alone: bool) -> list[int]:
+        """Token ids of a text whose spellings of control tokens are those tokens; `alone`, or behind a beginning-
+        of-text token as `encode` gives them."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

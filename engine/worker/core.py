@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
 from cierzo.cache.manager import KVCacheManager
 from cierzo.engine.config import EngineConfig, spin_briefly
 from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
@@ -116,13 +118,14 @@ class EngineCore:
         """
         prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
         banned = tuple(map(tuple, submit.banned_token_ids))
+        sampling = submit.sampling
         for sample in range(submit.first_sample, submit.first_sample + submit.sampling.n):
             new = NewRequest(
                 request_id=submit.request_id,
                 sample=sample,
                 prompt_token_ids=prompt,
                 output_token_ids=output,
-                sampling=submit.sampling,
+                sampling=sampling,
                 eos_token_ids=self._config.model.eos_token_ids,
                 banned=banned,
                 thinking=submit.thinking,
@@ -132,7 +135,10 @@ class EngineCore:
                 tenant=submit.tenant,
                 weight=submit.weight,
                 salt=submit.cache_salt,
+                num_scored=submit.num_scored,
             )
+            if sampling.prompt_logprobs is not None:  # the first sample's are those of all
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
             try:
                 self._scheduler.add(new)
             except QueueFull as error:
@@ -272,7 +278,8 @@ class EngineCore:
             raise
         except Exception as error:
             return error
-        if self._times.took(plan.work, self._clock() - since_s):
+        work = None if result.prompt_logprobs else plan.work  # whose price knows nothing of these
+        if self._times.took(work, self._clock() - since_s):
             assert self._times.cost is not None
             self._scheduler.reprice(self._times.cost)
         self._scheduler.commit(plan, result)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from cierzo.engine.model.rope_config import RopeConfig
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.masks import NOTHING_LEFT, Masks
 from cierzo.scheduler.config import SchedulerConfig
-from cierzo.scheduler.plan import Admission, RequestKey, SeqPlan, StepPlan, StepResult, TokenLogprobs
+from cierzo.scheduler.plan import Admission, RequestKey, SeqPlan, StepPlan, StepResult, TokenLogprobs, packed_entry
 
 Words = NDArray[np.uint64]
 Script = Callable[[RequestKey, int], int]  # (request, index in its output) -> token id
@@ -85,7 +86,7 @@ def fake_config(
 
 class FakeRunner:
     """A `Runner` for tests and load. Of the sampling parameters it honours seed, greedy temperature, masks and
-    number of logprobs alone.
+    numbers of logprobs alone.
 
     `reads` "context": the next token depends on every token of the context, read anew (for tests; cost grows with
     the context). "last": on the last token alone (for benchmarks; constant cost). `script` overrides the tokens.
@@ -121,11 +122,10 @@ class FakeRunner:
         batch.token_ids[batch.pending_rows] = self._chosen[batch.pending_slots]
         self._write(batch)
         slots, contexts = self._ends(batch)
-        words = (
-            self._read_last(batch, slots, contexts) if self._reads == "last" else self._read(batch, slots, contexts)
-        )
+        words = self._words(batch, slots, contexts)
         words = mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64)))
-        self._results.append(self._choose(plan, batch, words))
+        scored = {index: self._score(seq, batch) for index, seq in enumerate(plan.seqs) if seq.scoring is not None}
+        self._results.append(msgspec.structs.replace(self._choose(plan, batch, words), prompt_logprobs=scored))
 
     def collect(self) -> StepResult:
         """The result of the step launched first of those not collected."""
@@ -155,6 +155,20 @@ class FakeRunner:
         words[: batch.num_expanded] += _ONE  # the form belongs to the token
         self._cache[batch.cache_slots] = mix(words)
 
+    def _score(self, seq: SeqPlan, batch: Batch) -> list[msgspec.Raw]:
+        """Entries of a prompt: a token's log-probability depends on all that its row depends on, and on itself."""
+        assert seq.scoring is not None
+        start, token_ids, count = seq.scoring.start, seq.scoring.token_ids, seq.scoring.count
+        contexts = np.arange(start + 1, start + 1 + len(token_ids), dtype=np.int32)
+        slots = np.full(len(token_ids), seq.slot, np.int32)
+        words = self._words(batch, slots, contexts)
+        values = (mix(words ^ np.array(token_ids, np.uint64)) % np.uint64(4096)).astype(np.float64) / -256
+        vocab_size = int(self._vocab_size)
+        return [
+            packed_entry(made_up_logprobs(token, count, vocab_size, value))
+            for token, value in zip(token_ids, values.tolist(), strict=True)
+        ]
+
     def _ends(self, batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Block table row and context length of every sampling row, by the segment that it ends."""
         rows, expanded = batch.sample_rows, batch.num_expanded
@@ -168,6 +182,11 @@ class FakeRunner:
             slots[chosen] = group.table_rows[index]
             contexts[chosen] = group.context_lengths[index]
         return slots, contexts
+
+    def _words(self, batch: Batch, slots: NDArray[np.int32], contexts: NDArray[np.int32]) -> Words:
+        """A word for each context, of a slot's sequence and a number of tokens, made of what it holds."""
+        read = self._read_last if self._reads == "last" else self._read
+        return read(batch, slots, contexts)
 
     def _read_last(self, batch: Batch, slots: NDArray[np.int32], contexts: NDArray[np.int32]) -> Words:
         blocks, offsets = np.divmod(contexts - 1, self._block_tokens)
@@ -239,10 +258,10 @@ def _permitted(masks: Masks, token: int, vocab_size: int) -> int | None:
     return next((one for one in behind if one not in banned), None)
 
 
-def made_up_logprobs(token: int, count: int, vocab_size: int) -> TokenLogprobs:
-    """Numbers that are recognisable and fall: the chosen token first, its neighbours after it."""
+def made_up_logprobs(token: int, count: int, vocab_size: int, logprob: float = -0.5) -> TokenLogprobs:
+    """Numbers that are recognisable and fall: the token first, its neighbours after it."""
     top = [(token + rank) % vocab_size for rank in range(min(count, vocab_size))]
-    return TokenLogprobs(token, -0.5, top, [-0.5 - rank for rank in range(len(top))])
+    return TokenLogprobs(token, logprob, top, [logprob - rank for rank in range(len(top))])
 
 
 def _segment_that_ends(group: Segments, rows: NDArray[np.int64]) -> NDArray[np.int64]:

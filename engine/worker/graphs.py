@@ -51,6 +51,10 @@ class Model(Protocol):
         """fp32 [M,N] of the rows `logit_rows`, None: of all; every token's cache entry is written to `kv`."""
         ...
 
+    def head(self, rows: StepRows, kv: KVPool) -> Callable[[Tensor], Tensor]:
+        """Compute the same without logits; what makes them, of some rows: int64 [M] -> fp32 [M,N]."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Graph:

@@ -31,8 +31,10 @@ from cierzo.engine.model.positions import Positions
 from cierzo.engine.parameters import Parameter, Shard
 from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.worker.sampling import Sampler
+from cierzo.engine.worker.scoring import BLOCK_ROWS
 from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.cuda.launch.kernel import Kernel
+from cierzo.kernels.ops import compose
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
 from cierzo.kernels.triton import flash
@@ -67,11 +69,20 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
     with torch.inference_mode():
         for rows, logit_rows in steps(limits, config.cache.block_tokens, telling(limits.budget_tokens), enough):
             found += dry_run(model.logits, rows, pool, logit_rows)
+        for count in telling(BLOCK_ROWS):
+            found += dry_run(_head, model.weights, count)
         for admissions in _samplings():
             found += dry_run(_sample, admissions, config.model.vocab_size)
     kernels = {one.kernel.name: one.kernel for one in found if isinstance(one.kernel, Kernel)}
     configurations = {one.kernel.key: one.kernel for one in found if isinstance(one.kernel, Configuration)}
     return Launches([*configurations.values()], [*kernels.values()])
+
+
+def _head(weights: DecoderWeights, count: int) -> None:
+    """The head of a step of which so many rows score a prompt."""
+    width, dtype = weights.embedding.shape[1], weights.embedding.dtype
+    x, residual = (torch.empty(count, width, dtype=dtype, device=META) for _ in range(2))
+    compose.head(weights, x, residual, torch.empty(count, dtype=torch.int64, device=META))
 
 
 def telling(most: int) -> list[int]:

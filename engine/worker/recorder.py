@@ -155,6 +155,7 @@ class Recorder:
                     tenant=command.tenant,
                     weight=command.weight,
                     salt=self._shown_salt(command.cache_salt),
+                    num_scored=command.num_scored,
                 )
             case Abort():
                 record = Aborted(
@@ -285,6 +286,7 @@ class Recorder:
                 tenant=new.tenant,
                 weight=request.tenant.weight,
                 salt=self._shown_salt(new.salt),
+                num_scored=request.num_scored,
             )
             self._append(packed(record))
 

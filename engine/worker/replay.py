@@ -84,7 +84,8 @@ class MadeUp:
             seed = f"{record.request_id} {samples[0]}"
             return random.Random(seed).choices(range(self._vocab_size), k=num_tokens)
         tokens, prompt = self._of_pieces(record, num_tokens), record.pieces[: self._prompt_bytes(record)]
-        asked = msgspec.structs.replace(record.sampling, n=1), record.thinking, record.banned_digest
+        sampling = msgspec.structs.replace(record.sampling, n=1, prompt_logprobs=None)
+        asked = sampling, record.thinking, record.banned_digest
         parameters = msgspec.msgpack.encode(asked)
         num_output = num_tokens - record.num_prompt
         for sample in samples:
@@ -200,6 +201,7 @@ class Replay:
             tenant=record.tenant,
             weight=record.weight,
             cache_salt=record.salt,
+            num_scored=record.num_scored,
         )
         self._clock.seek()
         try:

@@ -29,7 +29,8 @@ from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Model, cuda_recorder
 from cierzo.engine.worker.progress import loading_progress
-from cierzo.engine.worker.sampling import Sampled, Sampler
+from cierzo.engine.worker.sampling import NOT_FINITE, Sampled, Sampler
+from cierzo.engine.worker.scoring import Scorer, Scores
 from cierzo.engine.worker.staging import Staging
 from cierzo.engine.worker.step_rows import DeviceRows, rows_in_place
 from cierzo.kernels.cpu import native
@@ -48,13 +49,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A step that was launched: how many sequences its plan has, which of them sample, and the functions that wait
-    for their tokens and that count the step's experts, if they are counted."""
+    for their tokens, that count the step's experts, if they are counted, and that wait for prompts' scores."""
 
     number: int
     num_seqs: int
     sample_seqs: list[int]
     sampled: Callable[[], Sampled]
     count_experts: Callable[[], None] | None
+    scores: Scores
 
 
 class ModelRunner:
@@ -87,6 +89,7 @@ class ModelRunner:
         self._staging = None if staged is None else Staging(torch.device(device))
         self._max_running = max_running
         self._sampler = Sampler(max_running, device, self._staging)
+        self._scorer = Scorer(None if staged is None else Staging(torch.device(device)))
         self._steps: deque[_Step] = deque()
         self._description = description
 
@@ -155,12 +158,17 @@ class ModelRunner:
         # Rows lie prompts first, samples in the order of the plan: the same where every row is a decode.
         every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
         rows, sample_rows = self._rows(batch)
-        if self._graphs is not None and self._graphs.fits(rows):
+        scores: Scores = dict
+        if any(seq.scoring is not None for seq in plan.seqs):
+            head = self._model.head(rows, self._kv)
+            scores = self._scorer.launch(plan.seqs, batch, head)
+            logits = head(sample_rows)
+        elif self._graphs is not None and self._graphs.fits(rows):
             logits = self._graphs.logits(rows)
             logits = logits if every else logits[sample_rows]
         else:
             logits = self._model.logits(rows, self._kv, None if every else sample_rows)
-        self._steps.append(self._sample(plan, batch, logits, self._counting(rows)))
+        self._steps.append(self._sample(plan, batch, logits, self._counting(rows), scores))
 
     def _rows(self, batch: Batch) -> tuple[StepRows, Tensor]:
         """The step's rows, with a place for their experts if those are counted, and the rows that sample."""
@@ -191,6 +199,7 @@ class ModelRunner:
             sampled = step.sampled()
             if step.count_experts is not None:
                 step.count_experts()
+            scores = step.scores()
         sampled.remember()
         token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
         for index, token_id in zip(step.sample_seqs, sampled.token_ids, strict=True):
@@ -201,23 +210,24 @@ class ModelRunner:
             for index, entry in zip(step.sample_seqs, sampled.logprobs, strict=True):
                 logprobs[index] = entry
         failures = {step.sample_seqs[row]: reason for row, reason in sampled.failures.items()}
-        return StepResult(token_ids, logprobs, failures)
+        failures |= {index: NOT_FINITE for index, entries in scores.items() if entries is None}
+        return StepResult(token_ids, logprobs, failures, {index: one for index, one in scores.items() if one})
 
     def _sample(
-        self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None] | None
+        self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None] | None, scores: Scores
     ) -> _Step:
         """Choose the step's tokens: at once if the next step may be launched before they are collected."""
         sampling = [plan.seqs[index] for index in batch.sample_seqs]
         slots = [seq.slot for seq in sampling]
         positions = [seq.start + len(seq.token_ids) for seq in sampling]
         if not slots:
-            return _Step(plan.step, len(plan.seqs), [], Sampled([]).itself, count_experts)
+            return _Step(plan.step, len(plan.seqs), [], Sampled([]).itself, count_experts, scores)
         if self._overlap:
             pending = {row for row, seq in enumerate(sampling) if seq.token_ids[-1] == PENDING}
             sampled = self._sampler.launch(logits, slots, positions, pending)
         else:
             sampled = partial(self._sampler.sample, logits, slots, positions)
-        return _Step(plan.step, len(plan.seqs), batch.sample_seqs, sampled, count_experts)
+        return _Step(plan.step, len(plan.seqs), batch.sample_seqs, sampled, count_experts, scores)
 
     def reset(self) -> None:
         """Forget what was launched and not collected, once the device has done it: the device reads memory that the

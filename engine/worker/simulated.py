@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from cierzo.engine.config import EngineConfig
@@ -18,7 +19,7 @@ from cierzo.engine.cost.step_model import StepModel, StepTotals
 from cierzo.engine.cost.work import Distinct, StepShape
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.fake import made_up_logprobs
-from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+from cierzo.scheduler.plan import Scoring, StepPlan, StepResult, TokenLogprobs, packed_entry
 
 
 class Clock(Protocol):
@@ -48,7 +49,7 @@ class WallClock:
 class SimulatedRunner:
     """A `Runner` whose device works off one step after another, in the time that the step model gives.
 
-    Of the sampling parameters it honours the number of logprobs, whose values mean nothing.
+    Of the sampling parameters it honours the numbers of logprobs, whose values mean nothing.
     """
 
     def __init__(self, config: EngineConfig, clock: Clock, distinct: Distinct | None = None) -> None:
@@ -98,7 +99,12 @@ class SimulatedRunner:
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if any(self._num_logprobs[seq.slot] is not None for seq in plan.seqs):
             logprobs = [self._made_up(seq.slot) if seq.samples else None for seq in plan.seqs]
-        return StepResult(token_ids, logprobs)
+        scored = {index: self._score(seq.scoring) for index, seq in enumerate(plan.seqs) if seq.scoring is not None}
+        return StepResult(token_ids, logprobs, prompt_logprobs=scored)
+
+    def _score(self, scoring: Scoring) -> list[msgspec.Raw]:
+        made_up = (made_up_logprobs(token, scoring.count, self._vocab_size) for token in scoring.token_ids)
+        return [packed_entry(entry) for entry in made_up]
 
     def _made_up(self, slot: int) -> list[TokenLogprobs] | None:
         count = self._num_logprobs[slot]

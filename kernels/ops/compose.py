@@ -123,6 +123,17 @@ def decoder(
 ) -> Tensor:
     """See ops/block.py. With several ranks, `all_reduce` adds up what their blocks give, and the logits are this
     rank's columns."""
+    x, residual = layers(weights, rows, tables, all_reduce)
+    return head(weights, x, residual, logit_rows)
+
+
+def layers(
+    weights: DecoderWeights,
+    rows: StepRows,
+    tables: PositionTables,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a decoder up to its head: the last block's result, and the residual stream before it."""
     residual = functional.embedding(rows.token_ids, weights.embedding)
     x: Tensor | None = None
     pages = iter(weights.pages)
@@ -139,6 +150,12 @@ def decoder(
                 x = block.moe_block(x, residual, layer, next(expert_ids, None))
         x = x if all_reduce is None else all_reduce(x)
     assert x is not None, "a model has layers"
+    return x, residual
+
+
+def head(weights: DecoderWeights, x: Tensor, residual: Tensor, logit_rows: Tensor | None) -> Tensor:
+    """Logits of some rows, None: of all; x and residual are what `layers` gave, and stay as they are unless all
+    rows are asked for."""
     if logit_rows is not None:
         x, residual = x[logit_rows], residual[logit_rows]
     return linear.lm_head(norm.add_rms_norm(x, residual, weights.final_norm, weights.eps), weights.head)

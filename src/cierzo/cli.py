@@ -20,7 +20,8 @@ from cierzo import __version__
 
 # Words of the command line, the module below `cierzo` (none: a group of subcommands), help.
 COMMANDS = (
-    ("serve", "engine.commands.serve", "serve a checkpoint over the RPC"),
+    ("serve", "engine.commands.serve", "serve a checkpoint over the RPC, and over HTTP"),
+    ("gateway", "engine.commands.gateway", "serve HTTP before servers that speak the RPC"),
     ("generate", "engine.commands.generate", "generate in this process, without a server"),
     ("chat", "engine.commands.chat", "talk to a running server"),
     ("demo", "engine.commands.demo", "serve the demo model and ask it one question"),

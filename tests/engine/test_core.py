@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,13 @@ from cierzo.engine.messages import Abort, Finish, Submit, TokenDelta
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import FakeRunner, fake_config
+from cierzo.engine.worker.step_cost import StepTimes
 from cierzo.kernels.fault import DeviceFault
+from cierzo.scheduler import policy
 from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.cost import StepWork
 from cierzo.scheduler.params import SamplingParams
-from cierzo.scheduler.plan import StepPlan, StepResult
+from cierzo.scheduler.plan import StepPlan, StepResult, TokenLogprobs, entry_bytes, unpacked_entry
 from cierzo.scheduler.request import DuplicateRequest
 
 VOCAB = 50
@@ -66,6 +70,7 @@ class Clock:
 @dataclass
 class Outcome:
     tokens: list[int] = field(default_factory=list)
+    entries: list[TokenLogprobs] = field(default_factory=list)  # of the prompt
     finish: Finish | None = None
 
 
@@ -77,6 +82,7 @@ def gather(outcomes: Outcomes, deltas: list[TokenDelta]) -> None:
         outcome = outcomes.setdefault((delta.request_id, delta.sample), Outcome())
         assert outcome.finish is None, f"{delta} after the end"
         outcome.tokens += delta.token_ids
+        outcome.entries += [unpacked_entry(raw) for raw in delta.prompt_logprobs or ()]
         outcome.finish = delta.finish
 
 
@@ -145,6 +151,7 @@ def loads(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, Submit]]]:
             max_tokens=draw(st.integers(1, 12)),
             n=draw(st.integers(1, 3)),
             seed=draw(st.integers(0, 1)),
+            prompt_logprobs=draw(st.sampled_from([None, None, 0, 2])),
         )
         arrivals.append((draw(st.integers(0, 10)), request))
     return limits, arrivals
@@ -169,6 +176,9 @@ def test_every_request_gets_the_tokens_of_its_run_alone(
         for sample in range(request.sampling.n):
             key = (request.request_id, sample)
             assert outcomes[key].tokens == expected[key].tokens, key
+            assert outcomes[key].entries == expected[key].entries, key
+            is_scored = request.sampling.prompt_logprobs is not None and sample == 0
+            assert len(outcomes[key].entries) == (len(request.prompt_token_ids) - 1 if is_scored else 0)
             assert outcomes[key].finish.reason == expected[key].finish.reason
     assert len(outcomes) == sum(request.sampling.n for _, request in arrivals)
 
@@ -184,6 +194,53 @@ def test_a_tight_pool_preempts_and_a_shared_prefix_is_found_again() -> None:
     assert core.stats().cached_tokens > 0
     for request in requests:
         assert outcomes[request.request_id, 0].tokens == alone(request)[request.request_id, 0].tokens
+
+
+def test_a_scored_prompt_reads_no_prefix_and_leaves_one_for_others() -> None:
+    core = make_core(runner=FakeRunner(vocab_size=VOCAB, num_blocks=64, block_tokens=4, max_running=4))
+    prompt = [*range(1, 18)]
+    cached = []
+    for request_id, count in enumerate((None, 1, None)):
+        core.submit(submit(request_id, prompt, seed=0, prompt_logprobs=count))
+        outcome = finish_all(core)[request_id, 0]
+        cached.append(outcome.finish.cached_tokens)
+        assert [entry.token_id for entry in outcome.entries] == ([] if count is None else prompt[1:])
+    assert cached == [0, 0, 16]
+    assert core.stats().computed_tokens == 3 * 17 - 16 + 3 * 5
+
+
+def test_a_scored_prompt_that_goes_on_computes_again_only_what_it_must() -> None:
+    """As after a pause of its reader: what was delivered need not be scored, so its blocks may be found."""
+    whole = alone(submit(1, [*range(1, 30)], max_tokens=2, prompt_logprobs=3))[1, 0]
+    core = make_core()
+    core.submit(submit(0, [*range(1, 30)], max_tokens=2))
+    finish_all(core)
+    request = submit(1, [*range(1, 30)], max_tokens=2, prompt_logprobs=3)
+    core.submit(msgspec.structs.replace(request, num_scored=9))
+    outcome = finish_all(core)[1, 0]
+    assert outcome.finish.cached_tokens == 8
+    assert outcome.entries == whole.entries[9:]
+    assert outcome.tokens == whole.tokens
+
+
+def test_a_step_scores_so_many_tokens_as_their_entries_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "SCORED_BYTES", 4 * entry_bytes(2))
+    core = make_core(max_chunk_tokens=64, budget_tokens=64)
+    core.submit(submit(1, [*range(1, 12)], max_tokens=1, prompt_logprobs=2))
+    counts = [sum(len(delta.prompt_logprobs or ()) for delta in core.step_plain()) for _ in range(3)]
+    assert counts == [4, 4, 2]
+    assert not core.has_work()
+
+
+def test_steps_that_score_teach_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than their rows tell."""
+    works: list[StepWork | None] = []
+    monkeypatch.setattr(StepTimes, "took", lambda self, work, seconds: bool(works.append(work)))
+    for count in (None, 0):
+        core = make_core()
+        core.submit(submit(1, [1, 2, 3], max_tokens=1, prompt_logprobs=count))
+        finish_all(core)
+    assert [work is None for work in works] == [False, True]
 
 
 def test_a_resumed_request_goes_on_as_if_never_broken() -> None:

@@ -25,7 +25,7 @@ from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.shapes import shape_of
-from cierzo.engine.worker import launches
+from cierzo.engine.worker import launches, scoring
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device as cuda_device
@@ -205,6 +205,7 @@ def test_constants_of_kernels_are_the_kernels_own() -> None:
         split.PARTIAL_BYTES,
     )
     assert device_memory.WORKSPACE_TOKENS == flash.WORKSPACE_TOKENS
+    assert device_memory.SCORED_ROWS == scoring.BLOCK_ROWS
 
 
 def test_recorded_steps_of_many_sequences_leave_less_to_the_cache(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_runner
+from cierzo.scheduler.plan import unpacked_entry
 
 pytestmark = needs_native  # the reference is not exact, and its start-up table says so
 
@@ -56,6 +57,7 @@ class Ask:
     temperature: float
     seed: int
     masked: bool
+    scored: bool
 
     def prompt(self, vocab_size: int) -> list[int]:
         random = torch.Generator().manual_seed(self.family)
@@ -63,7 +65,7 @@ class Ask:
         own = torch.randint(vocab_size, (self.own,), generator=random.manual_seed(1000 + self.seed))
         return [*text.tolist(), *own.tolist()]
 
-    def submit(self, request_id: int, vocab_size: int, output: tuple[int, ...] = ()) -> Submit:
+    def submit(self, request_id: int, vocab_size: int, output: tuple[int, ...] = (), num_scored: int = 0) -> Submit:
         masks: dict[str, Any] = {}
         if self.masked:
             masks = {"banned_token_ids": BANNED, "thinking": ThinkingBudget(2, 3, 4, is_open=self.seed == 1)}
@@ -74,6 +76,7 @@ class Ask:
             top_p=0.9,
             seed=self.seed,
             logprobs=2,
+            prompt_logprobs=self.seed if self.scored else None,
             ignore_eos=True,
         )
         return Submit(
@@ -81,6 +84,7 @@ class Ask:
             prompt_token_ids=self.prompt(vocab_size),
             output_token_ids=list(output),
             sampling=sampling,
+            num_scored=num_scored,
             **masks,
         )
 
@@ -109,6 +113,7 @@ asks = st.builds(
     temperature=st.sampled_from([0.0, 0.8]),
     seed=st.integers(0, 3),
     masked=st.booleans(),
+    scored=st.booleans(),
 )
 worlds = st.builds(
     World,
@@ -132,7 +137,7 @@ class Engine:
 
     folder: Path
     options: dict[str, Any]
-    alone: dict[Ask, Answer] = field(default_factory=dict)
+    alone: dict[Ask, tuple[Answer, Answer]] = field(default_factory=dict)
 
     def config(self, world: World | None = None) -> EngineConfig:
         block_tokens = 32 if world is None else world.block_tokens
@@ -167,11 +172,13 @@ class Engine:
         poison(runner)
         return EngineCore(config, runner)
 
-    def answer_alone(self, ask: Ask) -> Answer:
+    def answer_alone(self, ask: Ask) -> tuple[Answer, Answer]:
+        """The answer, and the entries of the prompt."""
         if ask not in self.alone:
             core = self.core()
             core.submit(ask.submit(1, core_vocab(self.folder)))
-            self.alone[ask] = drain(core)[1]
+            answers = drain(core)
+            self.alone[ask] = answers[1], answers.get(of_prompt(1), [])
         return self.alone[ask]
 
 
@@ -186,6 +193,11 @@ def core_vocab(folder: Path) -> int:
     return read_model_config(folder).vocab_size
 
 
+def of_prompt(request_id: int) -> int:
+    """The key of a prompt's entries, among answers."""
+    return -1 - request_id
+
+
 def drain(core: EngineCore, arrivals: dict[int, list[Submit]] | None = None) -> dict[int, Answer]:
     """Step until nothing is left; requests arrive before the step of their number."""
     answers: dict[int, Answer] = {}
@@ -196,11 +208,12 @@ def drain(core: EngineCore, arrivals: dict[int, list[Submit]] | None = None) -> 
             core.submit(submit)
         for delta in core.step_plain():
             assert delta.finish is None or delta.finish.reason == "length", delta.finish
-            entries = delta.logprobs or []
-            answers.setdefault(delta.request_id, []).extend(
-                (entry.token_id, entry.logprob, tuple(entry.top_token_ids), tuple(entry.top_logprobs))
-                for entry in entries
-            )
+            scored = [unpacked_entry(raw) for raw in delta.prompt_logprobs or ()]
+            for key, entries in ((delta.request_id, delta.logprobs), (of_prompt(delta.request_id), scored)):
+                answers.setdefault(key, []).extend(
+                    (entry.token_id, entry.logprob, tuple(entry.top_token_ids), tuple(entry.top_logprobs))
+                    for entry in entries or ()
+                )
         core.check()
         step += 1
     return answers
@@ -219,15 +232,20 @@ def test_a_request_is_the_same_whatever_happens_around_it(
     engine: Engine, requests: list[Ask], world: World
 ) -> None:
     vocab_size = core_vocab(engine.folder)
-    expected = [engine.answer_alone(ask) for ask in requests]
+    expected, scored = zip(*(engine.answer_alone(ask) for ask in requests), strict=True)
     arrivals: dict[int, list[Submit]] = {}
     skipped = []
     for index, ask in enumerate(requests):
         known = len(expected[index]) // 2 if world.resumed[index] else 0
         output = tuple(entry[0] for entry in expected[index][:known])
-        arrivals.setdefault(world.arrivals[index], []).append(ask.submit(index, vocab_size, output))
-        skipped.append(known)
+        num_scored = len(scored[index]) // 2 if world.resumed[index] else 0
+        again = ask.submit(index, vocab_size, output, num_scored)
+        arrivals.setdefault(world.arrivals[index], []).append(again)
+        skipped.append((known, num_scored))
     with random_cuts(world.cuts):
         answers = drain(engine.core(world), arrivals)
     for index in range(len(requests)):
-        assert answers[index] == expected[index][skipped[index] :], (index, requests[index])
+        known, num_scored = skipped[index]
+        assert answers[index] == expected[index][known:], (index, requests[index])
+        assert answers[of_prompt(index)] == scored[index][num_scored:], (index, requests[index])
+        assert len(scored[index]) == (len(requests[index].prompt(vocab_size)) - 1 if requests[index].scored else 0)

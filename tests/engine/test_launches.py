@@ -140,6 +140,7 @@ def serve(core: EngineCore, seed: int, count: int) -> None:
             max_tokens=chosen.randrange(1, 6),
             temperature=chosen.choice((0.0, 0.8)),
             logprobs=chosen.choice((None, 2)),
+            prompt_logprobs=(None, 3, 0)[number % 3],
             seed=number,
             **(edits if number % 3 == 0 else {}),
         )
@@ -319,10 +320,17 @@ def test_steps_drawn_at_random_launch_what_is_in_the_list(
             logit_rows = torch.empty(chosen.randrange(of + 1), dtype=torch.int64, device=META)
             asked = None if total == of and chosen.randrange(2) else logit_rows
             launched += dry_run(model.logits, rows, pool, asked)
+            if segments[0]:
+                scored = torch.empty(chosen.randrange(1, 129), dtype=torch.int64, device=META)
+                launched += dry_run(score, model, rows, pool, scored)
     of_triton = {one.kernel.key for one in launched if isinstance(one.kernel, Configuration)}
     assert of_triton - keys == set()
     assert {one.kernel.name for one in launched if isinstance(one.kernel, Kernel)} - kernels == set()
     assert len(of_triton) > 0.9 * len(keys)
+
+
+def score(model: Decoder, rows: StepRows, pool: KVPool, scored: torch.Tensor) -> None:
+    model.head(rows, pool)(scored)
 
 
 def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:

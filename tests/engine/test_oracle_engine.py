@@ -27,9 +27,11 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.llm import Output
 from cierzo.engine.messages import Finish, Submit, TokenLogprobs
 from cierzo.engine.model.read_config import read_model_config
+from cierzo.engine.worker import scoring
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.runner import ModelRunner, load_runner
+from cierzo.kernels import registry
 from cierzo.scheduler.plan import StepPlan, StepResult
 
 FAR = "moe_8192"
@@ -266,6 +268,40 @@ def test_llm_agrees_with_transformers(checkpoints: Checkpoints, name: str) -> No
     frontend = FrontendConfig(max_logprobs=count)
     with LLM(checkpoints(name), dtype="float32", threads=1, frontend=frontend, **settings) as llm:
         agree_with(name, *map(as_answer, llm.generate(make_prompts(name), params)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_are_scored_as_transformers_scores_them(checkpoints: Checkpoints, name: str) -> None:
+    """The whole vocabulary at each place; in one step and in many, block by block, with the same bits."""
+    count, prompts = vocab_size(name), make_prompts(name)
+    settings = {"kv_cache_gib": 0.001, "max_model_len": MAX_MODEL_LEN, "block_tokens": BLOCK_TOKENS}
+    frontend, found = FrontendConfig(max_logprobs=count), []
+    for budget_tokens in (1024, 9):
+        given = {"dtype": "float32", "threads": 1, "frontend": frontend, "budget_tokens": budget_tokens}
+        with LLM(checkpoints(name), **given, **settings) as llm, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scoring, "BLOCK_ROWS", 7)
+            llm.generate(prompts, max_tokens=1)  # whose blocks must not be found
+            outputs = llm.generate(prompts, max_tokens=2, temperature=0.0, prompt_logprobs=count)
+        found.append([output.prompt_logprobs for output in outputs])
+        assert [output.usage.cached_tokens for output in outputs] == [0, 0, 0]
+    if registry.default_instruction_set != "reference" and registry.has_native():  # which is exact
+        assert found[0] == found[1]
+    for prompt, *ways in zip(prompts, *found, strict=True):
+        for entries in ways:
+            agree_with_scores(prompt, entries, oracle_logits(name, prompt))
+
+
+def agree_with_scores(prompt: list[int], entries: list[TokenLogprobs] | None, logits: Tensor) -> None:
+    """`agree`, for the entries of a prompt; each token's is the one in its place's list, bit for bit."""
+    assert entries is not None
+    assert [entry.token_id for entry in entries] == prompt[1:]
+    expected, tolerance = logits[:-1].log_softmax(-1), 2e-4 * float(logits.abs().max())
+    top_ids = torch.tensor([entry.top_token_ids for entry in entries])
+    top = torch.tensor([entry.top_logprobs for entry in entries])
+    assert (top - expected.gather(1, top_ids)).abs().max() <= tolerance
+    assert (top - expected.topk(top.shape[1]).values).abs().max() <= tolerance
+    for entry in entries:
+        assert entry.logprob == entry.top_logprobs[entry.top_token_ids.index(entry.token_id)]
 
 
 def test_positions_beyond_8192(checkpoints: Checkpoints) -> None:

@@ -112,9 +112,10 @@ def _crowd(recorded: Recorded, seed: int, greedy: bool) -> None:
     for request_id in range(40):
         prompt = draw.choice(beginnings) + [draw.randrange(3) for _ in range(draw.randint(0, 20))]
         params = {"temperature": 0.0 if greedy else 1.0, "n": draw.randint(1, 3), "max_tokens": draw.randint(5, 60)}
+        params["prompt_logprobs"] = draw.choice([None, None, 1])
         told[request_id] = submit(request_id, prompt, stop_token_ids=tuple(range(0, 32_000, 90)), **params)
         if request_id % 3 == 0:  # of an earlier core
-            lost = told.pop(request_id)
+            lost = replace(told.pop(request_id), num_scored=draw.randint(0, len(prompt) - 1))
             sampling = replace(lost.sampling, n=1, max_tokens=100)
             for sample in range(params["n"]):
                 output = [sample, *range(1, draw.randint(1, 40))]

@@ -47,9 +47,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.conversation": (),
     "engine.core_stats": ("engine.expert_statistics",),
+    "engine.questions": ("engine.conversation", "engine.core_stats"),
     "engine.messages": (
         *("scheduler.params", "scheduler.plan"),
-        *("engine.conversation", "engine.core_stats", "engine.expert_statistics"),
+        *("engine.conversation", "engine.core_stats", "engine.expert_statistics", "engine.questions"),
     ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
@@ -121,6 +122,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "scheduler.params",
         "scheduler.plan",
     ),
+    "engine.gateway": (
+        *("engine.gateway", "engine.frontend", "engine.text", "engine.messages", "engine.conversation"),
+        *("engine.settings", "engine.errors", "engine.server_process"),
+    ),
     "engine.testing": (
         *("engine.testing", "engine.frontend", "engine.text", "engine.messages", "engine.errors"),
         "engine.settings",
@@ -154,7 +159,7 @@ WITHOUT_TORCH = (
     *("engine.graph_sizes", "engine.requirements"),
     *("engine.expert_statistics", "engine.core_stats"),
     *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines", "engine.number_choice"),
-    *("engine.testing", "testing"),
+    *("engine.testing", "testing", "engine.gateway"),
     *("engine.settings", "engine.fields", "engine.checkpoint_format", "engine.checkpoint", "engine.options"),
     "engine.quantisation",
     *("engine.model.config", "engine.model.config_json", "engine.model.params_json", "engine.model.read_config"),

@@ -50,6 +50,7 @@ ADD = st.tuples(
     st.one_of(st.none(), st.none(), st.integers(1, 20)),  # deadline
     st.integers(1, 3),  # n
     st.integers(0, 4),  # tokens generated before, by another core
+    st.one_of(st.none(), st.integers(0, 5)),  # the prompt is scored, and so many entries came before
 )
 ABORT = st.tuples(st.just("abort"), st.integers(0, 9), st.one_of(st.none(), st.integers(0, 2)))
 STEP = st.tuples(
@@ -61,10 +62,16 @@ STEP = st.tuples(
 
 
 def add_samples(traffic: Traffic, request_id: int, operation: tuple) -> None:  # type: ignore[type-arg]
-    _, prompt, max_tokens, priority, deadline_s, n, num_before = operation
+    _, prompt, max_tokens, priority, deadline_s, n, num_before, num_scored = operation
     prompt = prompt[: traffic.limits.max_model_len]
     for sample in range(n):
-        sampling = SamplingParams(max_tokens=max_tokens, seed=sample, n=n, min_tokens=min(max_tokens, priority))
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            seed=sample,
+            n=n,
+            min_tokens=min(max_tokens, priority),
+            prompt_logprobs=None if num_scored is None or sample else 0,
+        )
         new = NewRequest(
             request_id=request_id,
             sample=sample,
@@ -82,6 +89,7 @@ def add_samples(traffic: Traffic, request_id: int, operation: tuple) -> None:  #
                 prompt_token_ids=tuple(prompt),
                 output_token_ids=tuple(before[:num_before]),
                 sampling=sampling,
+                num_scored=0 if num_scored is None or sample else min(num_scored, len(prompt) - 1),
                 eos_token_ids=(EOS,),
                 priority=priority,
                 deadline_at_s=None if deadline_s is None else traffic.now + deadline_s,
@@ -129,9 +137,8 @@ def test_busy_traffic(seed: int) -> None:
     prompts = [[rng.randint(0, 1) for _ in range(rng.randint(1, 2 * block_tokens + 1))] for _ in range(3)]
     for request_id in range(rng.randint(4, 9)):
         n = rng.choice((1, 1, 2))
-        add_samples(
-            traffic, request_id, ("add", rng.choice(prompts), rng.randint(4, 14), rng.randint(0, 2), None, n, 0)
-        )
+        job = ("add", rng.choice(prompts), rng.randint(4, 14), rng.randint(0, 2), None, n, 0, rng.choice((None, 0)))
+        add_samples(traffic, request_id, job)
         for _ in range(rng.randint(0, 3)):
             traffic.step(abort=rng.randrange(request_id + 1) if rng.random() < 0.05 else None)
     traffic.finish()

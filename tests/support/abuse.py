@@ -40,11 +40,11 @@ class Wire:
         self.writer = writer
 
     @classmethod
-    async def connect(cls, address: str) -> Wire:
+    async def connect(cls, address: str, *features: str) -> Wire:
         """Connect and say hello."""
         host, _, port = address.rpartition(":")
         wire = cls(*await asyncio.open_connection(host, int(port)))
-        hello = {"type": "hello", "magic": "cierzo", "version": 3, "features": ["attach"]}
+        hello = {"type": "hello", "magic": "cierzo", "version": 3, "features": ["attach", *features]}
         wire.send(frame(encode(hello)))
         assert (await wire.hear())["type"] == "welcome"
         return wire
@@ -300,9 +300,29 @@ async def long_finals(address: str, scale: float) -> Figures:
     return {}
 
 
+async def scored_prompts(address: str, scale: float) -> Figures:
+    """Log-probabilities of prompts of 200,000 tokens, 20 at each place: of one that is read, beside eight that
+    nobody reads."""
+    size = round(200_000 * max(scale, 0.1))
+    sampling = {"prompt_logprobs": 20, "max_tokens": 1}
+    message = {"type": "generate", "token_ids": [65] * size, "sampling": sampling}
+    wires = [await Wire.connect(address, "prompt_logprobs") for _ in range(9)]
+    for wire in reversed(wires):
+        wire.send(frame(encode({**message, "stream": 1})))
+    count, start = 0, time.monotonic()
+    while (heard := await wires[0].hear())["type"] != "final":
+        count += len(heard.get("prompt_logprobs", ()))
+    took_s = time.monotonic() - start
+    for wire in wires:
+        await wire.close()
+    assert count == size - 1
+    return {"entries_per_s": count / took_s}
+
+
 ATTACKS: tuple[Callable[[str, float], Awaitable[Figures]], ...] = (
     *(empty_messages, small_chats, ids, small_ids, output_ids, parameters, inline_prompts, long_prompts),
     *(nesting, lists_first, pings, oversized, half_frames, attached_prompts, hopeless_prompts, long_finals),
+    scored_prompts,
 )
 
 

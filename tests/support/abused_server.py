@@ -13,9 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 import uvloop
 from tokenizers import decoders, models, pre_tokenizers
@@ -29,6 +31,8 @@ from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.messages import CoreCommand, Finish, StepOutput, Submit, TokenDelta, TokenLogprobs
 from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.prompt import PromptEncoder
+from cierzo.scheduler.plan import entry_bytes, packed_entry
+from cierzo.scheduler.policy import SCORED_BYTES
 
 WATCH_S = 0.001
 LONGEST_TOKEN = "ab " * 32  # in bytes of a text 96 a token: 15 MB of it could fit the model
@@ -63,6 +67,8 @@ class InstantCore:
             params = command.sampling
             count = params.max_tokens if params.ignore_eos else 1
             turn = self._answer(command.request_id, params.n, count, params.logprobs is not None)
+            if params.prompt_logprobs is not None:
+                turn = chain(self._score(command), turn)
             asyncio.get_running_loop().call_soon(self._take_turn, turn)
 
     def _take_turn(self, turns: Iterator[StepOutput]) -> None:
@@ -77,6 +83,17 @@ class InstantCore:
             tokens = [65] * min(size, count - start)
             entries, end = [ENTRY] * len(tokens) if logprobs else None, finish if start + size >= count else None
             yield StepOutput(deltas=[TokenDelta(run_id, i, tokens, entries, end) for i in range(n)])
+
+    def _score(self, command: Submit) -> Iterator[StepOutput]:
+        """Entries of the prompt, as many in a step as a scheduler lets come."""
+        count = command.sampling.prompt_logprobs or 0
+        entry = packed_entry(TokenLogprobs(65, -1 / 3, [*range(70, 70 + count)], [-1 / 3] * count))
+        prompt: list[int] = msgspec.msgpack.decode(msgspec.msgpack.encode(command.prompt_token_ids))
+        size, left = SCORED_BYTES // entry_bytes(count), len(prompt) - 1 - command.num_scored
+        for start in range(0, left, size):
+            entries = [entry] * min(size, left - start)
+            packed = msgspec.msgpack.encode(TokenDelta(command.request_id, 0, [], None, None, entries))
+            yield StepOutput(deltas=[msgspec.msgpack.decode(packed, type=TokenDelta)])  # as it comes
 
 
 class Watchdog:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 
+import msgspec
+
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.manager import KVCacheManager
 from cierzo.scheduler.config import SchedulerConfig
@@ -40,6 +42,19 @@ def run_alone(new: NewRequest, max_model_len: int) -> tuple[list[int], str]:
     return output, "length"
 
 
+def entry(prefix: Prefix, token: int) -> msgspec.Raw:
+    """What a prompt's token is told to be worth behind this prefix."""
+    return msgspec.Raw(msgspec.msgpack.encode(zlib.crc32(repr((prefix, token)).encode())))
+
+
+def entries_alone(new: NewRequest) -> list[msgspec.Raw]:
+    """All entries of a prompt, spelled out once more."""
+    prompt = new.prompt_token_ids
+    if new.sampling.prompt_logprobs is None:
+        return []
+    return [entry(tuple((token, True) for token in prompt[:at]), prompt[at]) for at in range(1, len(prompt))]
+
+
 @dataclass
 class Model:
     """Computes a plan from nothing but the plan, and its own pages and tables."""
@@ -52,7 +67,18 @@ class Model:
     def run(self, plan: StepPlan, tokens_of: dict[RequestKey, list[int]]) -> StepResult:
         written: set[tuple[int, int]] = set()
         results = [self._sequence(seq, tokens_of[seq.key], written) for seq in plan.seqs]
-        return StepResult(results)
+        scored = {index: self._score(seq) for index, seq in enumerate(plan.seqs) if seq.scoring is not None}
+        return StepResult(results, prompt_logprobs=scored)
+
+    def _score(self, seq: SeqPlan) -> list[msgspec.Raw]:
+        assert seq.scoring is not None
+        start, token_ids = seq.scoring.start, seq.scoring.token_ids
+        assert token_ids
+        assert seq.start <= start <= start + len(token_ids) <= seq.start + len(seq.token_ids)
+        return [
+            entry(self.pages[self._place(seq.slot, position)], token)
+            for position, token in enumerate(token_ids, start)
+        ]
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.block_tokens)
@@ -91,6 +117,7 @@ class Traffic:
         self.model = Model(cache.block_tokens)
         self.accepted: dict[RequestKey, NewRequest] = {}
         self.output: dict[RequestKey, list[int]] = {}
+        self.entries: dict[RequestKey, list[msgspec.Raw]] = {}
         self.ended: dict[RequestKey, str] = {}
         self.num_refused = 0
 
@@ -104,6 +131,7 @@ class Traffic:
         key = (new.request_id, new.sample)
         self.accepted[key] = new
         self.output[key] = list(new.output_token_ids)
+        self.entries[key] = entries_alone(new)[: new.num_scored]
         self.collect()
 
     def abort(self, request_id: int, sample: int | None) -> None:
@@ -123,7 +151,7 @@ class Traffic:
         if abort is not None:
             self.abort(abort, None)
         if fail is not None and plan.seqs:
-            result = StepResult(result.token_ids, failures={fail % len(plan.seqs): "told to"})
+            result = msgspec.structs.replace(result, failures={fail % len(plan.seqs): "told to"})
         self.scheduler.commit(plan, result)
         self.collect()
         self.scheduler.check()
@@ -139,8 +167,10 @@ class Traffic:
         assert plan.seqs or not self.scheduler.has_work(), "there is work, and nothing is done"
         running = self.scheduler._running
         admitted = [running[seq.key].order for seq in plan.seqs if seq.admission is not None]
-        is_coming = self.scheduler._cache.is_coming  # who waits for a prefix may be overtaken
-        waiting = [request.order for request in self.scheduler._tenants.waiting() if not is_coming(request.blocks)]
+        waiting = []
+        for request in self.scheduler._tenants.waiting():  # who waits for a prefix may be overtaken
+            if not self.scheduler._cache.is_coming(request.blocks, request.findable_tokens):
+                waiting.append(request.order)
         assert not admitted or not waiting or max(admitted) < min(waiting), "someone overtook"
 
     def collect(self) -> None:
@@ -148,6 +178,7 @@ class Traffic:
             key = (delta.request_id, delta.sample)
             assert key not in self.ended, f"{key} goes on after its end"
             self.output[key] += delta.token_ids
+            self.entries[key] += delta.prompt_logprobs or []
             if delta.finish is not None:
                 self.ended[key] = delta.finish.reason
                 assert delta.finish.output_tokens == len(self.output[key])
@@ -166,6 +197,9 @@ class Traffic:
         self.cache.check([])
         for key, new in self.accepted.items():
             tokens, reason = run_alone(new, self.limits.max_model_len)
+            entries = entries_alone(new)
+            has_token = len(self.output[key]) > len(new.output_token_ids)
+            assert self.entries[key] == (entries if has_token else entries[: len(self.entries[key])])
             if self.ended[key] in ("stop", "length"):
                 assert (self.output[key], self.ended[key]) == (tokens, reason)
             else:

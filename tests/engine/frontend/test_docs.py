@@ -91,6 +91,7 @@ EXAMPLES = re.findall(r"```\n((?:[0-9a-f]{2}[ \n])+)```\n```json\n(.*?)```", TEX
 MESSAGES = [
     *("hello", "welcome", "generate", "accepted", "delta", "deltas", "final", "error", "credit", "resume"),
     *("cancel_request", "attach", "ping", "pong", "drain", "done"),
+    *("tokenize", "tokenized", "detokenize", "detokenized"),
 ]
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.answer import Answer, in_order
-from cierzo.engine.frontend.sample import STATE_TOKENS, LogprobLog, Sample, most_token_bytes, require_bounded
+from cierzo.engine.frontend.logprob_log import LogprobLog
+from cierzo.engine.frontend.sample import STATE_TOKENS, Sample, most_token_bytes, require_bounded
 from cierzo.engine.messages import Finish, SamplingParams, Submit, TokenDelta, TokenLogprobs
 from cierzo.engine.text.detok import Detokenizer
 from cierzo.engine.text.parts import PartsReader
@@ -338,7 +339,7 @@ def test_log_probabilities_take_no_more_than_the_bound_says():
 def test_an_answer_without_deltas_must_fit():
     submit = Submit(request_id=1, prompt_token_ids=[1], sampling=SamplingParams(n=16, max_tokens=1000, logprobs=20))
     needed = 16 * 1000 * most_token_bytes(20)
-    require_bounded(submit, needed)
+    require_bounded(submit, 1, needed)
     with pytest.raises(InvalidRequest, match="max_answer_bytes") as caught:
-        require_bounded(submit, needed - 1)
+        require_bounded(submit, 1, needed - 1)
     assert (caught.value.field, caught.value.limit, caught.value.value) == ("sampling.max_tokens", "999", "1000")

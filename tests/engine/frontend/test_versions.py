@@ -40,14 +40,17 @@ OF_A_FEATURE = {
     "Deltas",
     "Done",
     "Ping",
+    "Tokenized",
+    "Detokenized",
+    "TokenizerInfo",
 }  # messages that answer, or belong to, what version 2 cannot say
 # Fields that are set for a feature alone, and not sent while they have their default.
 FEATURE_FIELDS = {
     "Welcome": {"features"},
     "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
-    "Final": {"cost"},
+    "Final": {"cost", "prompt_logprobs"},
     "Health": {"startup", "live", "ready", "notes"},
-    "Delta": {"parts"},
+    "Delta": {"parts", "prompt_logprobs"},
     "SampleEnd": {"parts", "broken_calls"},
     "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},
 }

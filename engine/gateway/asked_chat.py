@@ -1,0 +1,82 @@
+"""Bodies of /v1/chat/completions, as clients of OpenAI, Mistral and vLLM write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.bounds import count, shown
+from cierzo.engine.gateway.field_rows import CALL, CALLS, CHAT, MESSAGE, PART_ROWS, PARTS, TOOL, TOOLS
+from cierzo.engine.gateway.fields import Sieve
+from cierzo.engine.gateway.reading import Asked, Body, Rules, sequence
+
+
+def read_chat(body: bytes, rules: Rules) -> Asked:
+    """Read what is asked for. Raises InvalidRequest with the field's place, and NotFound for another model."""
+    read = Body("chat", body, CHAT, rules)
+    turns = sequence(read.need("messages"), "messages")
+    count("messages", turns, rules.max_turns)
+    arguments = read.arguments
+    arguments["messages"] = [_turn(turn, f"messages[{number}]", read.sieve) for number, turn in enumerate(turns)]
+    arguments.setdefault("max_tokens", rules.model.max_model_len)
+    if "tools" in read.given:
+        tools = sequence(read.given["tools"], "tools")
+        arguments["tools"] = [_tool(tool, f"tools[{number}]", read.sieve) for number, tool in enumerate(tools)]
+    _logprobs(read, "logprobs", "top_logprobs")
+    if type(number := read.given.get("prompt_logprobs")) is int and "top_prompt_logprobs" not in read.given:
+        arguments["prompt_logprobs"] = number  # as clients of vLLM say it
+    else:
+        _logprobs(read, "prompt_logprobs", "top_prompt_logprobs")
+    _continued(read)
+    return read.asked()
+
+
+def _turn(turn: Any, place: str, sieve: Sieve) -> dict[str, Any]:
+    fields = sieve.served(turn, MESSAGE, place)
+    if fields.get("role") == "developer":
+        fields["role"] = "system"
+    if "content" not in turn and fields.get("role") != "assistant":
+        what = f"{place}.content is missing"
+        raise InvalidRequest(what, field=f"{place}.content", limit="needed", value="left out")
+    if isinstance(content := fields.get("content"), list):
+        fields["content"] = [_part(part, f"{place}.content[{at}]", sieve) for at, part in enumerate(content)]
+    if "tool_calls" in fields:
+        calls = sequence(fields["tool_calls"], f"{place}.tool_calls")
+        fields["tool_calls"] = [_call(call, f"{place}.tool_calls[{at}]", sieve) for at, call in enumerate(calls)]
+    return fields
+
+
+def _part(part: Any, place: str, sieve: Sieve) -> dict[str, Any]:
+    return sieve.served(part, PART_ROWS[sieve.kind(part, PARTS, place)], place)
+
+
+def _call(call: Any, place: str, sieve: Sieve) -> dict[str, Any]:
+    sieve.kind(call, CALLS, place, default="function")
+    return sieve.served(call, CALL, place)
+
+
+def _tool(tool: Any, place: str, sieve: Sieve) -> dict[str, Any]:
+    sieve.kind(tool, TOOLS, place, default="function")
+    return sieve.served(tool, TOOL, place)
+
+
+def _logprobs(read: Body, name: str, top: str) -> None:
+    """Make a flag, and the number of alternatives, the engine's one number."""
+    wanted, number = read.flag(name), read.integer(top)
+    if not wanted and number:
+        limit = f"left out, unless {name} is true"
+        raise InvalidRequest(f"{top} must be {limit}", field=top, limit=limit, value=shown(number))
+    if wanted:
+        read.arguments[name] = number or 0
+        read.places[f"sampling.{name}"] = read.places[name] = top
+
+
+def _continued(read: Body) -> None:
+    """Have the answer go on with the last turn, if vLLM's way of saying so is used."""
+    goes_on = read.flag("continue_final_message")
+    if read.flag("add_generation_prompt", default=not goes_on) == goes_on:
+        limit = "the opposite of continue_final_message"
+        what = f"add_generation_prompt must be {limit}"
+        raise InvalidRequest(what, field="add_generation_prompt", limit=limit, value=shown(goes_on))
+    if goes_on and read.arguments["messages"]:
+        read.arguments["messages"][-1]["prefix"] = True

@@ -1,0 +1,96 @@
+"""Things that all HTTP requests share."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from cierzo.engine.errors import CierzoError
+from cierzo.engine.frontend.generation import Generation
+from cierzo.engine.frontend.pool import Pool
+from cierzo.engine.gateway.asked import Rules, in_body
+from cierzo.engine.gateway.backend import Backend, Packing
+from cierzo.engine.gateway.bodies import Bodies, Request
+from cierzo.engine.gateway.call import Call
+from cierzo.engine.gateway.config import HttpConfig
+from cierzo.engine.gateway.reading import Endpoint
+from cierzo.engine.gateway.token_words import TokenWords
+from cierzo.engine.messages import ModelInfo
+
+MODEL_S = 10.0  # for which a description of the model is taken to be true
+TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class House:
+    """Settings, the model that is served and the words of its tokens, and what takes memory: long bodies that come,
+    and whole answers that are put together."""
+
+    def __init__(self, config: HttpConfig) -> None:
+        self.config = config
+        self.began_s = int(time.time())
+        self.arriving = Pool("max_arriving_bytes", config.max_arriving_bytes)
+        self.joined = Pool("max_joined_bytes", config.max_joined_bytes)
+        self._bodies = Bodies()
+        self._rules: Rules | None = None
+        self._until_s = 0.0
+        self._words: dict[bool, TokenWords] = {}
+
+    def close(self) -> None:
+        """End what runs on the side."""
+        self._bodies.close()
+
+    async def rules(self, backend: Backend) -> Rules:
+        """Rules for requests, by the model that is served now."""
+        now = time.monotonic()
+        if self._rules is None or now >= self._until_s:
+            model = await backend.model_info()
+            if self._rules is None or self._rules.model != model:
+                self._rules, self._words = self._made(model), {}
+            self._until_s = now + MODEL_S
+        return self._rules
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model, once its rules are known: the first is the one that is told."""
+        assert self._rules is not None
+        return tuple(dict.fromkeys((*self._rules.names, self._rules.model.name)))
+
+    def words(self, by_id: bool = False) -> TokenWords:
+        """The words of the model's tokens."""
+        return self._words.setdefault(by_id, TokenWords(by_id))
+
+    async def requests(self, call: Call, endpoint: Endpoint) -> list[Request]:
+        """Read a body: a request for each prompt in it."""
+        rules, named = await self.rules(call.engine), {"caller_id": call.request_id}
+        if TRACEPARENT.fullmatch(traceparent := call.field(b"traceparent")):
+            named["traceparent"] = traceparent
+        packs = isinstance(call.engine, Packing)
+        found = await self._bodies.read(endpoint, call.body, rules, named, packs=packs)
+        call.forget(self.arriving)
+        call.pass_over(found[0].asked.passed_over)
+        return found
+
+    def _made(self, model: ModelInfo) -> Rules:
+        config = self.config
+        return Rules(
+            model=model,
+            names=config.served_model_name,
+            lenient=config.lenient,
+            max_depth=config.max_body_depth,
+            max_prompts=config.max_prompts,
+        )
+
+
+def ask(backend: Backend, request: Request) -> Generation:
+    """Ask the engine. Raises what it refuses at once, in the words of the body."""
+    try:
+        if request.packed:
+            assert isinstance(backend, Packing)
+            return backend.generate_packed(request.packed, _seconds(request.arguments.get("deadline_s")))
+        return backend.generate(**request.arguments)
+    except CierzoError as error:
+        raise in_body(error, request.asked) from error
+
+
+def _seconds(given: object) -> float | None:
+    return float(given) if isinstance(given, int | float) else None

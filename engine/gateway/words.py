@@ -1,0 +1,170 @@
+"""Answers of /tokenize, /detokenize and /tokenizer_info, as vLLM's clients ask for them and lm-eval reads them.
+
+A text that is asked about is not a prompt: control tokens that it spells are those tokens, unless parse_special is
+false. So a client finds the id of one, and can send token ids; in a prompt of text they stay text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol, Unpack
+
+import msgspec
+
+from cierzo.engine.errors import CierzoError, InvalidRequest
+from cierzo.engine.frontend.bounds import shown
+from cierzo.engine.frontend.client_options import TokenizeArguments
+from cierzo.engine.gateway.asked_chat import read_chat
+from cierzo.engine.gateway.field_rows import MODEL
+from cierzo.engine.gateway.fields import refused, served, table
+from cierzo.engine.gateway.reading import Asked, Body, Rules, in_body, sequence, text
+from cierzo.engine.messages import ModelInfo, TokenizerInfo
+
+_OF_CHAT = ("model", "messages", "tools", "reasoning_effort", "add_generation_prompt", "continue_final_message")
+_OF_PROMPT = ("add_special_tokens", "parse_special")
+_OWN_TEMPLATE = "the model's own chat template is used"
+TOKENIZE = table(
+    MODEL,
+    served("prompt", note="a text; or else messages"),
+    served("messages", note="the turns of a conversation, as of /v1/chat/completions"),
+    *(served("tools", note="with messages"), served("reasoning_effort", note="with messages")),
+    served("continue_final_message", note="true: the last turn is gone on with"),
+    served("add_generation_prompt", note="false: with continue_final_message alone"),
+    served("add_special_tokens", note="of a prompt. false: without a beginning-of-text token"),
+    served(
+        "parse_special", note="of a prompt. false: control tokens that it spells are text, as in /v1/completions"
+    ),
+    served("return_token_strs", note="true: the text of each token too"),
+    refused("chat_template", _OWN_TEMPLATE),
+    refused("chat_template_kwargs", _OWN_TEMPLATE, {}),
+    *(refused(name, "this version sees no images", {}) for name in ("mm_processor_kwargs", "media_io_kwargs")),
+)
+DETOKENIZE = table(MODEL, served("tokens", note="token ids; control tokens are spelled out in the text"))
+
+
+class Tokens(Protocol):
+    """The part of a backend that knows words."""
+
+    async def tokenize(self, **arguments: Unpack[TokenizeArguments]) -> list[int]:
+        """As `Client.tokenize`."""
+        ...
+
+    async def detokenize(self, token_ids: Iterable[Any], *, control_tokens: bool = False) -> str:
+        """As `Client.detokenize`."""
+        ...
+
+    async def tokenizer_info(self) -> TokenizerInfo:
+        """As `Client.tokenizer_info`."""
+        ...
+
+    async def model_info(self) -> ModelInfo:
+        """As `Client.model_info`."""
+        ...
+
+
+class Texts(Protocol):
+    """The texts of tokens, as log-probabilities tell them."""
+
+    async def learn(self, backend: Any, token_ids: Iterable[int]) -> None:
+        """Ask for those that are not known yet."""
+        ...
+
+    def text(self, token_id: int) -> str:
+        """The text of a token that is known."""
+        ...
+
+
+class Told(msgspec.Struct, frozen=True):
+    """An answer. passed_over: names of fields of the body that were not looked at."""
+
+    answer: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
+
+
+async def tokenize(body: bytes, rules: Rules, backend: Tokens, texts: Texts) -> Told:
+    """Give the tokens of a prompt. Raises InvalidRequest, NotFound for another model, and the server's refusals."""
+    read = Body("completions", body, TOKENIZE, rules)
+    wants_texts = read.flag("return_token_strs")
+    asked = _conversation(read, rules) if "messages" in read.given else None
+    arguments = _text(read) if asked is None else _asked(asked)
+    try:
+        token_ids = await backend.tokenize(**arguments)
+    except CierzoError as error:
+        raise _in_prompt(error) if asked is None else in_body(error, asked) from error
+    token_strs = None
+    if wants_texts:
+        await texts.learn(backend, token_ids)
+        token_strs = [*map(texts.text, token_ids)]
+    answer = {"count": len(token_ids), "max_model_len": rules.model.max_model_len, "tokens": token_ids}
+    over = (*read.sieve.passed_over, *(() if asked is None else asked.passed_over))
+    return Told({**answer, "token_strs": token_strs}, over)
+
+
+async def detokenize(body: bytes, rules: Rules, backend: Tokens) -> Told:
+    """Give the text of tokens. Raises as `tokenize`."""
+    read = Body("completions", body, DETOKENIZE, rules)
+    tokens = sequence(read.need("tokens"), "tokens")
+    for number, token in enumerate(tokens):
+        if type(token) is not int:
+            field, limit = f"tokens[{number}]", "a token id"
+            raise InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=shown(token))
+    try:
+        said = await backend.detokenize(tokens, control_tokens=True)
+    except CierzoError as error:
+        raise _renamed(error, "token_ids", "tokens") from error
+    return Told({"prompt": said}, read.sieve.passed_over)
+
+
+async def tokenizer_info(backend: Tokens) -> Told:
+    """Describe the tokenizer, by the names of a tokenizer_config.json. Raises Forbidden."""
+    info, model = await backend.tokenizer_info(), await backend.model_info()
+    roles = {name: getattr(info, name) or None for name in ("bos_token", "eos_token", "pad_token", "chat_template")}
+    return Told({"tokenizer_class": info.kind, **roles, "model_max_length": model.max_model_len})
+
+
+def _text(read: Body) -> TokenizeArguments:
+    """The arguments for a text. Raises InvalidRequest for what belongs to a conversation."""
+    if "prompt" not in read.given:
+        limit = "exactly one of prompt, messages"
+        raise InvalidRequest(f"{limit} is needed", field="prompt", limit=limit, value="none")
+    for name in _OF_CHAT[1:]:
+        _without(read, name, "messages")
+    return {
+        "text": text("", read.given, "prompt"),
+        "special_tokens": read.flag("add_special_tokens", default=True),
+        "control_tokens": read.flag("parse_special", default=True),
+    }
+
+
+def _conversation(read: Body, rules: Rules) -> Asked:
+    """The conversation, as a chat completion would have it. Raises InvalidRequest for what belongs to a prompt."""
+    for name in ("prompt", "parse_special"):
+        _without(read, name, "a prompt" if name != "prompt" else "no messages")
+    if read.flag("add_special_tokens"):  # vLLM's clients say false; the template alone adds some
+        _without(read, "add_special_tokens", "a prompt")
+    chat = {name: read.given[name] for name in _OF_CHAT if name in read.given}
+    return read_chat(msgspec.json.encode(chat), rules)
+
+
+def _asked(asked: Asked) -> TokenizeArguments:
+    known = ("messages", "tools", "reasoning_effort")
+    return {name: asked.arguments[name] for name in known if name in asked.arguments}  # type: ignore[return-value]
+
+
+def _without(read: Body, name: str, beside: str) -> None:
+    if name in read.given:
+        limit = f"left out, unless with {beside}"
+        what = f"{name} must be {limit}"
+        raise InvalidRequest(what, field=name, limit=limit, value=shown(read.given[name]))
+
+
+def _in_prompt(error: CierzoError) -> CierzoError:
+    return _renamed(error, "text", "prompt")
+
+
+def _renamed(error: CierzoError, field: str, name: str) -> CierzoError:
+    """The error with the field as the body names it."""
+    if error.field == field:
+        error.field, error.message = name, error.message.replace(field, name, 1)
+        error.args = (error.message,)
+    return error

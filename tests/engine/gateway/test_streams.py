@@ -1,0 +1,205 @@
+"""Streams: their ends, good and bad; readers that go away, and readers that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+
+import httpx2
+import openai
+import pytest
+from http_house import CHAT, MESSAGES, events_of
+
+from cierzo.engine.errors import CoreFailed
+from cierzo.testing import ManualClock
+
+CHATS = "/v1/chat/completions"
+
+
+def _until(condition, limit_s=10.0):
+    """Wait until something that another thread does has happened."""
+    until_s = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+    return found
+
+
+def _asked(house, body):
+    """A socket on which a request was sent."""
+    data = json.dumps(body).encode()
+    sock = socket.create_connection(house.host, timeout=10)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    return sock
+
+
+def _heard(sock, until):
+    heard = b""
+    while until not in heard and (more := sock.recv(65536)):
+        heard += more
+    return heard
+
+
+def _num_running(house):
+    return len(house.core.running)
+
+
+def test_done_comes_after_a_good_end_alone(either):
+    house = either("Hello")
+    answer = house.post(CHATS, CHAT | {"stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    events = events_of(answer.text)
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(event)["object"] == "chat.completion.chunk" for event in events[:-1])
+
+
+def test_a_deadline_ends_a_stream_with_an_error(either):
+    house = either("x" * 100, token_s=0.02)
+    events = events_of(house.post(CHATS, CHAT | {"stream": True, "deadline_s": 0.2}).text)
+    assert "[DONE]" not in events
+    error = json.loads(events[-1])["error"]
+    assert (error["code"], error["param"]) == ("deadline", "deadline_s")
+    assert json.loads(events[1])["choices"][0]["delta"]["content"] == "x"
+    whole = house.post(CHATS, CHAT | {"deadline_s": 0.2})
+    assert (whole.status_code, whole.json()["error"]["code"]) == (504, "deadline")
+    assert whole.headers["x-should-retry"] == "false"
+
+
+def test_a_failure_ends_a_stream_with_an_error_that_the_client_raises(either):
+    house = either("x" * 100, token_s=60.0)
+    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(model="fake", messages=MESSAGES, stream=True)
+        assert next(stream).choices[0].delta.role == "assistant"
+        assert next(stream).choices[0].delta.content == "x"
+        house.health = "failed"
+        with pytest.raises(openai.APIError) as failed:
+            for _ in stream:
+                pass
+    assert failed.value.code == "core_failed"
+
+
+def test_an_end_of_the_server_ends_streams_with_an_error(opening):
+    house = opening("x" * 100, token_s=60.0)
+    sock = _asked(house, CHAT | {"stream": True})
+    with contextlib.closing(sock):
+        _heard(sock, b'"x"')
+        house._do(house.frontend.interrupt)
+        rest = _heard(sock, b"0\r\n\r\n")
+    assert b'"code":"interrupted"' in rest
+    assert b"[DONE]" not in rest
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reader_that_goes_away_cancels_at_once(either, stream):
+    clock = ManualClock()
+    house = either("x" * 100, token_s=1.0, clock=clock)
+    sock = _asked(house, CHAT | {"stream": stream, "max_tokens": 100})
+    if stream:
+        _heard(sock, b'"x"')
+    _until(lambda: _num_running(house) == 1)
+    sock.close()
+    _until(lambda: _num_running(house) == 0)  # and the clock stands still
+    assert house.frontend.counters.finished == 1
+    _until(lambda: not house.door.state.tasks)
+
+
+def test_a_reader_that_goes_away_before_its_prompt_is_encoded(opening):
+    house = opening("x", first_token_s=60.0)
+    house.health = "loading"
+    sock = _asked(house, CHAT | {"stream": True})
+    assert b" 429 " in _heard(sock, b"\r\n\r\n")
+    sock.close()
+
+
+def test_comments_keep_a_silent_stream_alive(opening):
+    house = opening("x", first_token_s=60.0, http={"comment_s": 0.05})
+    with contextlib.closing(_asked(house, CHAT | {"stream": True})) as sock:
+        assert _heard(sock, b": \n\n").count(b"data: ") == 1
+    silent = opening("x", first_token_s=0.3)
+    assert ": \n\n" not in silent.post(CHATS, CHAT | {"stream": True}).text
+
+
+def test_a_reader_that_does_not_read_is_bounded_and_hinders_nobody(opening):
+    """Its tokens stay in the engine, which stops making them; past its time the connection goes."""
+    limits = {"max_pending_bytes": 16_384, "stream_credit_bytes": 16_384, "high_water_bytes": 4096}
+    house = opening("x" * 200_000, max_model_len=400_000, slow_reader_s=2.0, **limits)
+    sock = _asked(house, CHAT | {"stream": True, "max_tokens": 200_000})
+    with contextlib.closing(sock):
+        _heard(sock, b'"x"')
+        (stream,) = _until(house.frontend.streams.with_readers)
+        _until(lambda: stream.paused)
+        assert stream.num_generated < 100_000
+        began = time.monotonic()
+        assert house.post(CHATS, CHAT | {"max_tokens": 10}).status_code == 200
+        assert time.monotonic() - began < 1.0
+        _until(lambda: not house.door.state.connections)
+        _until(lambda: not house.frontend.streams.num_read)
+    assert house.post(CHATS, CHAT | {"max_tokens": 10}).status_code == 200
+
+
+def test_a_reader_that_is_slow_gets_everything(opening):
+    house = opening("y" * 30_000, max_model_len=400_000, slow_reader_s=0.5, high_water_bytes=4096)
+    sock = _asked(house, CHAT | {"stream": True, "max_tokens": 30_000})
+    with contextlib.closing(sock):
+        heard = bytearray()
+        while not heard.endswith(b"0\r\n\r\n"):
+            heard += sock.recv(4096 if len(heard) < 400_000 else 65536)
+            if len(heard) < 400_000:
+                time.sleep(0.002)
+    assert heard.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    data = b"".join(line for line in heard.split(b"\r\n") if line.startswith(b"data"))
+    texts = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events_of(data.decode())[:-1]]
+    assert "".join(texts) == "y" * 30_000
+
+
+def test_one_prompt_of_several_that_fails_ends_all(either):
+    house = either({"one": "1" * 50, "two": CoreFailed("a step failed")}, token_s=0.01)
+    body = {"model": "fake", "prompt": ["one", "two"]}
+    assert house.post("/v1/completions", body).json()["error"]["code"] == "core_failed"
+    assert house.post("/v1/completions", body | {"stream": True}).json()["error"]["code"] == "core_failed"
+    _until(lambda: _num_running(house) == 0)
+
+
+def test_what_is_put_together_is_bounded(opening):
+    asks = CHAT | {"logprobs": True, "top_logprobs": 2}
+    one = opening("x" * 2000, http={"max_whole_bytes": 10_000}).post(CHATS, asks)
+    assert (one.status_code, one.json()["error"]["param"]) == (400, "max_whole_bytes")
+    house = opening("x" * 2000, http={"max_joined_bytes": 10_000})
+    full = house.post(CHATS, asks)
+    assert (full.status_code, full.json()["error"]["param"]) == (429, "max_joined_bytes")
+    _until(lambda: _num_running(house) == 0)
+    assert house.post(CHATS, asks | {"max_tokens": 5}).status_code == 200
+
+
+def test_many_streams_at_once(either):
+    house = either("Hello there.")
+
+    async def body() -> None:
+        async with httpx2.AsyncClient(timeout=60) as client:
+
+            async def one() -> str:
+                answer = await client.post(house.url + CHATS, json=CHAT | {"stream": True})
+                told = [json.loads(event)["choices"][0]["delta"] for event in events_of(answer.text)[:-1]]
+                return "".join(delta.get("content", "") for delta in told)
+
+            assert {*await asyncio.gather(*(one() for _ in range(100)))} == {"Hello there."}
+
+    asyncio.run(body())
+    _until(lambda: house.frontend.streams.num_read == 0)
+
+
+def test_a_drain_waits_for_answers(opening):
+    house = opening("x" * 20, token_s=0.02)
+    sock = _asked(house, CHAT | {"stream": True})
+    with contextlib.closing(sock):
+        _heard(sock, b'"x"')
+        house._do(house.frontend.drain)
+        refused = house.post(CHATS, CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert b"[DONE]" in _heard(sock, b"0\r\n\r\n")
+    house._ask(house.frontend.drained)

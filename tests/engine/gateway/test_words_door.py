@@ -1,0 +1,23 @@
+"""/tokenize, /detokenize and /tokenizer_info at the door."""
+
+from __future__ import annotations
+
+
+def test_tokens_of_a_text_and_back(either):
+    house = either("x")
+    told = house.post("/tokenize", {"model": "fake", "prompt": "Hi", "return_token_strs": True}).json()
+    assert (told["count"], told["tokens"], told["token_strs"]) == (2, [72, 105], ["H", "i"])
+    assert house.post("/detokenize", {"model": "fake", "tokens": [72, 105]}).json() == {"prompt": "Hi"}
+    assert house.get("/tokenizer_info").json()["eos_token"] == "</s>"
+
+
+def test_tokens_of_a_conversation(either):
+    messages = [{"role": "user", "content": "Hi"}]
+    told = either("x").post("/tokenize", {"messages": messages}).json()
+    assert bytes(told["tokens"]) == b"[user]Hi"
+
+
+def test_bodies_about_words_are_short(either):
+    house = either("x")
+    refused = house.post("/tokenize", {"prompt": "x" * 2_000_000})
+    assert (refused.status_code, refused.json()["error"]["limit"]) == (413, str(1024 * 1024))
