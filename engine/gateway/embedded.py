@@ -8,12 +8,13 @@ read there it is their `Link`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Unpack, cast
 
 import msgspec
 
-from cierzo.engine.errors import Forbidden, Overloaded
+from cierzo.engine.errors import CierzoError, ConnectionLost, Forbidden, Overloaded
 from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -57,6 +58,8 @@ from cierzo.engine.messages import (
 )
 from cierzo.engine.text.prompt import PromptEncoder
 
+log = logging.getLogger(__name__)
+
 FEATURES = frozenset(
     (ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "prompt_logprobs", "tokenize", "trace")
 )
@@ -78,13 +81,14 @@ class Embedded:
         self.prompts = prompts
         self.credit_part = max(1, server.config.stream_credit_bytes // CREDIT_PARTS)
         self.metrics = metrics
+        self.visits = server.visits
         self._door: Door = server.door
         self._spellings = {token_id: word.encode() for word, token_id in prompts.special_ids.items()}
 
     async def admit(self, caller: Caller) -> Desk:
         """A desk for a request. Raises Unauthorized."""
         visitor = Visitor(digest_of(caller.key), caller.certificate, caller.is_local)
-        return Desk(self, self._door.access(visitor), caller.peer)
+        return Desk(self, self._door.access(visitor), visitor, caller.peer)
 
     async def health(self) -> Health:
         """The front end's state."""
@@ -104,16 +108,18 @@ class Desk:
 
     __slots__ = (
         *("__weakref__", "_calls", "_house", "_inboxes", "_is_connected", "_num_asked", "_num_generated", "_timer"),
+        "_visitor",
         *("access", "features", "is_paused", "loop", "peer"),
     )
 
-    def __init__(self, house: Embedded, access: Access, peer: str) -> None:
+    def __init__(self, house: Embedded, access: Access, visitor: Visitor, peer: str) -> None:
         self.features = FEATURES
         self.access = access
         self.peer = peer
         self.is_paused = False
         self.loop = asyncio.get_running_loop()
         self._house = house
+        self._visitor = visitor
         self._inboxes: dict[int, Inbox] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._num_generated = self._num_asked = 0
@@ -202,6 +208,7 @@ class Desk:
         """The request is over: what still runs of it is cancelled."""
         if self._is_connected:
             self._is_connected = False
+            self._house.visits.discard(self)
             if self._timer is not None:
                 self._timer.cancel()
             self._house.frontend.disconnect(self)
@@ -210,7 +217,16 @@ class Desk:
         """Count as a connection from now on. Raises Overloaded for one too many."""
         if not self._is_connected:
             self._house.frontend.connect(self)
+            self._house.visits.add(self)
             self._is_connected = True
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end what is under way if it is nobody's now, or another tenant's."""
+        try:
+            self.access = door.again(self._visitor, self.access)
+        except CierzoError as error:
+            log.warning("a request from %s is ended: %s", self.peer, error.message)
+            self._end(error)
 
     # --- Sink ------------------------------------------------------------------------------------------
 
@@ -252,7 +268,17 @@ class Desk:
 
     def drop(self) -> None:
         """Nothing more is to be had from the front end."""
+        self._end(ConnectionLost("the server ended the answer in the middle"))
+
+    def _end(self, error: CierzoError) -> None:
+        """End all that is under way, and tell those who wait for it."""
+        inboxes, self._inboxes = self._inboxes, {}
         self.close()
+        for inbox in inboxes.values():
+            inbox.put(error)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
 
     def _take(self, delta: Delta) -> None:
         inbox = self._inboxes[delta.stream]

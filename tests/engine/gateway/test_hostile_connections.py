@@ -1,4 +1,4 @@
-"""Connections of peers that mean harm: what they hold, what they make the server do, and what they can make it say."""
+"""Connections of peers that mean harm: what they hold, what they cost, and what they make the server say."""
 
 from __future__ import annotations
 
