@@ -15,12 +15,14 @@ import msgspec
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import Answer
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.gateway.config import Reasoning
 from cierzo.engine.gateway.errors import encoded, unplanned
 from cierzo.engine.gateway.token_words import TokenWords, chat_entry, legacy_top, number
 from cierzo.engine.messages import Delta, Final, Part, SampleEnd, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
+Piece = Buffer  # of what is long: pieces belong together, and are not copied
 FINGERPRINT = f"cierzo-{__version__}"
 _encode = msgspec.json.encode
 
@@ -305,6 +307,12 @@ def _thinking(text: str) -> dict[str, Any]:
 # --- whole answers -----------------------------------------------------------------------------------------
 
 
+def listed(*parts: bytes | bytearray) -> list[Piece]:
+    """Entries, each with a comma behind it, without the last comma; not copied."""
+    found = [part for part in parts if part]
+    return [*found[:-1], memoryview(found[-1])[:-1]] if found else []
+
+
 class Legacy:
     """Log-probabilities as completions tell them: lists of the same length, in JSON. `offset`: where the next
     token's text begins, in characters of the texts of tokens."""
@@ -333,13 +341,18 @@ class Legacy:
         """Bytes of the lists so far."""
         return sum(map(len, self._lists.values()))
 
-    def encoded(self, before: Legacy | None = None) -> bytes:
-        """The object, with the positions of `before` in front."""
-        lists = [
-            b"%b:[%b]" % (_encode(name), ((before._lists[name] if before else b"") + entries)[:-1])
-            for name, entries in self._lists.items()
-        ]
-        return b"{%b}" % b",".join(lists)
+    def encoded(self) -> bytes:
+        """The object."""
+        return b"".join(self.pieces())
+
+    def pieces(self, before: Legacy | None = None) -> list[Piece]:
+        """The object, with the positions of `before` in front, in pieces that belong together: it may be long."""
+        told: list[Piece] = []
+        for name, entries in self._lists.items():
+            told += [b"," if told else b"{", _encode(name), b":["]
+            told += listed(before._lists[name] if before else b"", entries)
+            told.append(b"]")
+        return [*told, b"}"]
 
     def _append(self, token_id: int, *told: Any) -> None:
         row = (self._words.text(token_id), *told, self.offset)
@@ -378,29 +391,34 @@ def thought_tokens(answers: Iterable[Answer]) -> int:
     return sum(part.num_tokens for answer in answers for part in answer.parts if part.kind == "thinking")
 
 
-def chat_choice(index: int, answer: Answer, end: SampleEnd, reasoning: Reasoning, logprobs: bytes) -> bytes:
-    """A choice of a chat completion. logprobs: its entries, in JSON; empty for none."""
-    told = {"index": index, "message": message_of(answer, reasoning), **_ended(end)}
-    content = b'{"content":[%b],"refusal":null}' % logprobs if logprobs else b"null"
-    return b'%b,"logprobs":%b}' % (_encode(told)[:-1], content)
+def chat_choice(
+    index: int, answer: Answer, end: SampleEnd, reasoning: Reasoning, entries: bytearray
+) -> list[Piece]:
+    """A choice of a chat completion, in pieces. entries: its log-probabilities, as of `listed`; empty for none."""
+    told = _encode({"index": index, "message": message_of(answer, reasoning), **_ended(end)})[:-1]
+    if not entries:
+        return [told, b',"logprobs":null}']
+    return [told, b',"logprobs":{"content":[', *listed(entries), b'],"refusal":null}}']
 
 
 def completion_choice(
-    index: int, text: str, end: SampleEnd, logprobs: bytes, prompt_logprobs: bytes = b""
-) -> bytes:
-    """A choice of a text completion. logprobs, prompt_logprobs: in JSON; empty for none."""
-    told = {"index": index, "text": text, **_ended(end)}
-    more = b',"prompt_logprobs":%b' % prompt_logprobs if prompt_logprobs else b""
-    return b'%b,"logprobs":%b%b}' % (_encode(told)[:-1], logprobs or b"null", more)
+    index: int, text: str, end: SampleEnd, logprobs: Sequence[Piece], prompt_logprobs: Sequence[Piece] = ()
+) -> list[Piece]:
+    """A choice of a text completion, in pieces. logprobs, prompt_logprobs: in JSON; empty for none."""
+    told = _encode({"index": index, "text": text, **_ended(end)})[:-1]
+    more = [b',"prompt_logprobs":', *prompt_logprobs] if prompt_logprobs else []
+    return [told, b',"logprobs":', *(logprobs or [b"null"]), *more, b"}"]
 
 
 def _ended(end: SampleEnd) -> dict[str, Any]:
     return {"finish_reason": end.finish_reason, "stop_reason": end.stop}
 
 
-def whole(told: Head, choices: Sequence[bytes], usage: dict[str, Any], prompt_logprobs: bytes = b"") -> list[bytes]:
-    """A whole answer, in pieces that belong together. prompt_logprobs: in JSON, where they stand beside choices."""
+def whole(
+    told: Head, choices: Sequence[Sequence[Piece]], usage: dict[str, Any], prompt_logprobs: Sequence[Piece] = ()
+) -> list[Piece]:
+    """A whole answer, in pieces. prompt_logprobs: in JSON, where they stand beside choices."""
     before = b'%b,"choices":[' % _encode(_fields(told))[:-1]
-    between = [piece for choice in choices for piece in (b",", choice)][1:]
-    more = [b',"prompt_logprobs":', prompt_logprobs] if prompt_logprobs else []
+    between = [piece for choice in choices for piece in (b",", *choice)][1:]
+    more = [b',"prompt_logprobs":', *prompt_logprobs] if prompt_logprobs else []
     return [before, *between, b'],"usage":%b' % _encode(usage), *more, b"}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
+from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.pool import Pool
 from cierzo.engine.gateway.backend import Backend
 from cierzo.engine.gateway.errors import BodyTooLarge, Headers, WrongMediaType
@@ -124,7 +125,7 @@ class Call:
         """Send the end of the body."""
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def reply(self, pieces: bytes | Iterable[bytes], status: int = 200, kind: bytes = JSON) -> None:
+    async def reply(self, pieces: bytes | Iterable[Buffer], status: int = 200, kind: bytes = JSON) -> None:
         """Send a whole answer."""
         found = [pieces] if isinstance(pieces, bytes) else [*pieces]
         num_bytes = sum(map(len, found))

@@ -65,20 +65,20 @@ async def _answer(house: House, call: Call, kind: Kind, requests: list[Request])
         return
     is_chat = kind is CHAT
     pairs = zip(requests, prompts, strict=True)
-    joining = [Joining(house, call, request, is_chat, prompt) for request, prompt in pairs]
+    counted = Counted(house)
+    joining = [Joining(house, call, request, is_chat, prompt, counted) for request, prompt in pairs]
     try:
         async with heard(call, generations):
             ends = zip(joining, generations, strict=True)
             finals = await together(*(each.join(generation) for each, generation in ends))
-            choices: list[bytes] = []
+            choices: list[list[answers.Piece]] = []
             for each, final in zip(joining, finals, strict=True):
                 choices += each.choices(len(choices), final)
             thoughts = sum(each.thought_tokens for each in joining)
-            scores = joining[0].prompt_logprobs if is_chat else b""
+            scores = joining[0].prompt_logprobs if is_chat else []
             await call.reply(answers.whole(head, choices, answers.usage_of(finals, thoughts), scores))
     finally:
-        for each in joining:
-            each.close()
+        counted.close()
 
 
 async def _not_too_many(requests: Sequence[Request], generations: Sequence[Generation]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import NamedTuple
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
@@ -14,6 +15,9 @@ from cierzo.engine.gateway.errors import unplanned
 from cierzo.engine.gateway.house import House
 from cierzo.engine.gateway.token_words import chat_entry, prompt_entry
 from cierzo.engine.messages import Delta, Final
+
+
+TURN_BYTES = 32 * 1024  # of log-probabilities, written in one turn of the loop
 
 
 class Counted:
@@ -49,17 +53,19 @@ class Prompt(NamedTuple):
 
 
 class Joining:
-    """An answer to one prompt, put together as it is made. Its bytes are counted until it is closed."""
+    """An answer to one prompt, put together as it is made. counted: where its bytes count."""
 
-    def __init__(self, house: House, call: Call, request: Request, is_chat: bool, prompt: Prompt) -> None:
-        self.thought_tokens = 0
+    def __init__(
+        self, house: House, call: Call, request: Request, is_chat: bool, prompt: Prompt, counted: Counted
+    ) -> None:
+        self.thought_tokens = self._num_new = 0
         self._house = house
         self._call = call
         self._asked = request.asked
         self._is_chat = is_chat
         self._prompt = prompt
         self._words = words = house.words(request.asked.as_token_ids)
-        self._counted = Counted(house)
+        self._counted = counted
         self._generation: Generation | None = None
         self._entries = [bytearray() for _ in range(request.num_samples)]
         offset = len(prompt.text)
@@ -72,11 +78,15 @@ class Joining:
     async def join(self, generation: Generation) -> Final:
         """Wait for the whole answer. Raises the CierzoError that ended it."""
         self._generation = generation
+        self._counted.add(len(self._prompt.text) * len(self._entries))  # each sample repeats it
         try:
             while deltas := await generation.next_batch():
                 await self._words.learn_all(self._call.engine, deltas)
                 for delta in deltas:
                     self._add(delta)
+                    if self._num_new > TURN_BYTES:  # enough for one turn of the loop
+                        self._num_new = 0
+                        await asyncio.sleep(0)
             final = generation.final
         except CierzoError as error:
             raise in_body(error, self._asked) from error
@@ -98,7 +108,9 @@ class Joining:
                 entries += chat_entry(words, entry) + b","
         elif delta.logprobs:
             self._legacy[delta.sample].add(delta.logprobs)
-        self._counted.add(len(delta.text) + self._num_bytes - before)
+        num_bytes = len(delta.text) + self._num_bytes - before
+        self._num_new += num_bytes
+        self._counted.add(num_bytes)
 
     @property
     def _num_bytes(self) -> int:
@@ -107,30 +119,26 @@ class Joining:
         return legacy + len(self._scores) + sum(map(len, self._entries))
 
     @property
-    def prompt_logprobs(self) -> bytes:
+    def prompt_logprobs(self) -> list[answers.Piece]:
         """Log-probabilities of the prompt, in JSON, where they are told beside the answer; else nothing."""
         if self._asked.prompt_logprobs is None or self._asked.echo:
-            return b""
-        return b"[%b]" % b",".join([b"null", *([bytes(self._scores[:-1])] if self._scores else [])])
+            return []
+        return [b"[", *answers.listed(b"null,", self._scores), b"]"]
 
-    def choices(self, first_index: int, final: Final) -> list[bytes]:
-        """The choices that the samples are."""
+    def choices(self, first_index: int, final: Final) -> list[list[answers.Piece]]:
+        """The choices that the samples are, each in pieces."""
         assert self._generation is not None
         told = []
         for end in final.samples:
             answer, index = self._generation.answer(end.sample), first_index + end.sample
             if self._is_chat:
                 self.thought_tokens += answers.thought_tokens([answer])
-                entries = bytes(self._entries[end.sample][:-1])
+                entries = self._entries[end.sample]
                 told.append(answers.chat_choice(index, answer, end, self._house.config.reasoning_format, entries))
             else:
                 has_some = self._asked.logprobs is not None or self._prompt.first_token is not None
                 legacy = answers.Legacy(self._words) if self._asked.drops_output else self._legacy[end.sample]
-                logprobs = legacy.encoded(self._before) if has_some else b""
+                logprobs = legacy.pieces(self._before) if has_some else []
                 text = self._prompt.text + ("" if self._asked.drops_output else answers.text_of(answer.parts))
                 told.append(answers.completion_choice(index, text, end, logprobs, self.prompt_logprobs))
         return told
-
-    def close(self) -> None:
-        """Count it no more."""
-        self._counted.close()

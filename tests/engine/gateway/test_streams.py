@@ -14,6 +14,7 @@ import pytest
 from http_house import CHAT, MESSAGES, events_of
 
 from cierzo.engine.errors import CoreFailed
+from cierzo.engine.gateway.joining import Joining
 from cierzo.testing import ManualClock
 
 CHATS = "/v1/chat/completions"
@@ -174,6 +175,34 @@ def test_what_is_put_together_is_bounded(opening):
     assert (full.status_code, full.json()["error"]["param"]) == (429, "max_joined_bytes")
     _until(lambda: _num_running(house) == 0)
     assert house.post(CHATS, asks | {"max_tokens": 5}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [{"prompt": "y" * 3000, "n": 5}, {"prompt": ["y" * 3000] * 5}])
+def test_all_that_an_answer_repeats_counts(opening, body):
+    house = opening("x", http={"max_whole_bytes": 10_000})
+    refused = house.post("/v1/completions", body | {"echo": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_whole_bytes")
+    _until(lambda: house.door._house.joined.used("default") == 0)
+    assert house.post("/v1/completions", {"prompt": "y" * 3000, "echo": True, "n": 3}).status_code == 200
+
+
+def test_log_probabilities_that_come_at_once_do_not_hold_the_loop(opening, monkeypatch):
+    """Each delta of them takes a while to write: others have their turn between them."""
+    house, turns = opening("x", max_model_len=60_000), []
+    add = Joining._add
+
+    def noted(self, delta):
+        asyncio.get_running_loop().call_soon(turns.append, None)
+        num_turns = len(turns)
+        add(self, delta)
+        turns_at.append(num_turns)
+
+    turns_at: list[int] = []
+    monkeypatch.setattr(Joining, "_add", noted)
+    body = {"prompt": "y" * 20_000, "echo": True, "logprobs": 5, "max_tokens": 1}
+    assert house.post("/v1/completions", body, timeout=60).status_code == 200
+    assert len(turns_at) >= 4
+    assert len(set(turns_at)) >= len(turns_at) - 2
 
 
 def test_many_streams_at_once(either):
