@@ -5,9 +5,9 @@
 Each seed is a world: a core with random, mostly tight limits, a runner whose next token depends on every token that
 it reads back through the block table, and requests that arrive, branch, repeat one another's answers, are aborted,
 run out of time, meet a failing step, or live through the death of their core. In a quarter of the worlds the tokens
-come from the real sampler, with all its parameters. After every step the invariants are checked; at the end every
-request must have ended once, with the tokens and log-probabilities that it gets alone, or the first of them if it
-was cut short.
+come from the real sampler, with all its parameters; in half of them requests are of several tenants. After every
+step the invariants are checked; at the end every request must have ended once, with the tokens and their
+log-probabilities that it gets alone, or the first of them if it was cut short.
 
 The last line is PASS, or the seed of the world that failed: `--seed N --worlds 1` repeats it.
 """
@@ -35,7 +35,7 @@ from cierzo.engine.messages import Abort, Finish, Submit, TokenLogprobs
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
-from cierzo.engine.worker.sampling import Sampler
+from cierzo.engine.worker.sampling import Sampled, Sampler
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.registry import bind
 from cierzo.scheduler.config import SchedulerConfig
@@ -68,6 +68,7 @@ class SoakRunner(FakeRunner):
             max_running=max_running,
         )
         self._sampler = Sampler(max_running) if sampled else None
+        self._sampled: Sampled | None = None  # of the step that is not collected
         self.breaks = False
         self.bad_row = False
 
@@ -75,7 +76,20 @@ class SoakRunner(FakeRunner):
         """As told: half of a step's work may be done when it breaks."""
         super().launch(plan, batch)
         if self.breaks:
+            self.reset()  # nothing of such a step is remembered, but for what it wrote
             raise RuntimeError("told to")
+
+    def collect(self) -> StepResult:
+        """The result of the step, which can fail no more: penalties count its tokens from now on."""
+        if self._sampled is not None:
+            self._sampled.remember()
+            self._sampled = None
+        return super().collect()
+
+    def reset(self) -> None:
+        """Forget what was launched."""
+        super().reset()
+        self._sampled = None
 
     def _admit(self, seq: SeqPlan) -> None:
         super()._admit(seq)
@@ -101,7 +115,7 @@ class SoakRunner(FakeRunner):
         logits = TABLE[torch.from_numpy((words % np.uint64(len(TABLE))).astype(np.int64))].clone()
         sampling = [plan.seqs[index] for index in batch.sample_seqs]
         positions = [seq.start + len(seq.token_ids) for seq in sampling]
-        sampled = self._sampler.sample(logits, [seq.slot for seq in sampling], positions)
+        sampled = self._sampled = self._sampler.sample(logits, [seq.slot for seq in sampling], positions)
         for row, index in enumerate(batch.sample_seqs):
             token_ids[index] = [sampled.token_ids[row]]
             logprobs[index] = sampled.logprobs[row] if sampled.logprobs else None
@@ -147,6 +161,9 @@ class World:
             hash_key="00" * 16,
         )
         self.weak = rng.random() < 0.25
+        self.apart = random.Random(f"tenants {seed}")  # so that worlds of one tenant are what they were
+        names = [f"tenant {number}" for number in range(self.apart.choice((1, 1, 2, 3)))]
+        self.weights = {name: self.apart.choice((0.001, 1.0, 1.0, 4.0, 1000.0)) for name in names}
         self.answers: dict[RequestKey, Answer] = {}
         self.counts: Counter[str] = Counter()
         self.start()
@@ -215,6 +232,11 @@ class World:
             priority=rng.randint(-1, 1),
             deadline_at_s=rng.choice((None, None, None, self.now + 0.5, self.now + 10.0, self.now + 60.0)),
         )
+        if len(self.weights) > 1:
+            name = self.apart.choice([*self.weights])
+            salt = self.apart.choice((b"", name.encode()))
+            request = msgspec.structs.replace(request, tenant=name, weight=self.weights[name], cache_salt=salt)
+            self.counts["of tenants"] += 1
         if sampling.n == 1 and len(prompt) < limit and rng.random() < 0.2:
             before = alone(request, self)[0].tokens
             request = msgspec.structs.replace(request, output_token_ids=before[: rng.randint(0, len(before))])

@@ -73,6 +73,10 @@ class Process(Session):
         """Sum over the process and its descendants of each one's largest resident size (VmHWM)."""
         return sum(_peak_kb(pid) for pid in _tree(self.popen.pid)) * 1024 / GB
 
+    def cpu_s(self) -> float:
+        """Sum over the process and its descendants of the processor time that each has used, in seconds."""
+        return sum(_cpu_ticks(pid) for pid in _tree(self.popen.pid)) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         """End the process, and what it left in its group."""
         if self.popen.poll() is None:
@@ -104,6 +108,15 @@ def _peak_kb(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
             return int(found[1])
+    return 0
+
+
+def _cpu_ticks(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        after_name = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+        return int(after_name[11]) + int(after_name[12])  # utime and stime, fields 14 and 15 of proc_pid_stat(5)
     return 0
 
 

@@ -241,7 +241,7 @@ class Inbox:
     def repeats(self, delta: Delta) -> bool:
         """Whether a resumed stream's delta was taken before: text without a token, which no offset counts."""
         last = self.last[delta.sample] if delta.sample < len(self.last) else None
-        if last is None or last.token_ids or delta.token_ids or delta.prompt_logprobs:
+        if last is None or last.token_ids or delta.token_ids:
             return False
         return last.text == delta.text and last.parts == delta.parts
 

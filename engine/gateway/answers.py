@@ -60,8 +60,9 @@ class Head(msgspec.Struct, frozen=True):
 class Told(msgspec.Struct, frozen=True, kw_only=True):
     """Ways in which an answer is to be told.
 
-    first_index: number of its first choice. logprobs: whether any are told. has_usage: `stream_options` has
-    include_usage; continuous: every event tells the usage so far.
+    prompt_text: told before it; first_token: the first token of that, where its log-probabilities are told too.
+    drops_output: nothing is told of the answer itself. first_index: number of its first choice. logprobs: whether
+    any are told. has_usage: `stream_options` has include_usage; continuous: every event tells the usage so far.
     """
 
     head: Head
@@ -73,6 +74,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     has_usage: bool = False
     continuous: bool = False
     prompt_text: str = ""
+    first_token: int | None = None
     drops_output: bool = False
 
 
@@ -207,7 +209,7 @@ class ChatEvents(_Stream):
         )
 
     def _piece(self, part: Part) -> bytes | None:
-        """What is new of a part; None if that is nothing."""
+        """New output of a part, as a field; None if that is nothing."""
         if part.kind == "call":
             return b'"delta":{"tool_calls":[%b]}' % _encode(_call_delta(part))
         if not part.text:
@@ -232,30 +234,50 @@ class CompletionEvents(_Stream):
     def __init__(self, told: Told) -> None:
         super().__init__(told)
         self._offsets = [len(told.prompt_text)] * told.num_samples
+        self._prompt_offset = 0
 
     def begin(self, prompt_tokens: int) -> bytes:
         """The prompt, where it is to be told."""
         super().begin(prompt_tokens)
-        if not self.told.prompt_text:
+        told = self.told
+        if not told.prompt_text and told.first_token is None:
             return b""
-        text = b'"text":%b' % _encode(self.told.prompt_text)
-        return b"".join([self._event(sample, text, b"") for sample in range(self.told.num_samples)])
+        logprobs = b""
+        if told.first_token is not None:
+            legacy = Legacy(told.words)
+            legacy.begin(told.first_token, told.prompt_text)
+            logprobs, self._prompt_offset = legacy.encoded(), legacy.offset
+        return self._everywhere(told.prompt_text, logprobs)
 
     def take(self, deltas: Sequence[Delta]) -> bytes:
         """Events that tell of new output."""
-        told = []
-        for delta in () if self.told.drops_output else deltas:
-            self._output_tokens += len(delta.token_ids)
-            logprobs = b""
-            if self.told.logprobs and delta.logprobs:
-                legacy = Legacy(self.told.words, self._offsets[delta.sample])
-                legacy.add(delta.logprobs)
-                self._offsets[delta.sample] = legacy.offset
-                logprobs = legacy.encoded()
-            text = delta.text if not delta.parts else text_of(delta.parts)
-            if text or logprobs or self.told.continuous:
-                told.append(self._event(delta.sample, b'"text":%b' % _encode(text), logprobs))
-        return b"".join(told)
+        return b"".join([self._delta(delta) for delta in deltas])
+
+    def _delta(self, delta: Delta) -> bytes:
+        if delta.prompt_logprobs:
+            logprobs, self._prompt_offset = self._legacy(delta.prompt_logprobs, self._prompt_offset)
+            return self._everywhere("", logprobs)
+        self._output_tokens += len(delta.token_ids)
+        if self.told.drops_output:
+            return b""
+        sample, logprobs = delta.sample, b""
+        if self.told.logprobs and delta.logprobs:
+            logprobs, self._offsets[sample] = self._legacy(delta.logprobs, self._offsets[sample])
+        text = delta.text if not delta.parts else text_of(delta.parts)
+        if not text and not logprobs and not self.told.continuous:
+            return b""
+        return self._event(sample, b'"text":%b' % _encode(text), logprobs)
+
+    def _everywhere(self, text: str, logprobs: bytes) -> bytes:
+        """Events that tell the same of every sample."""
+        said = b'"text":%b' % _encode(text)
+        return b"".join([self._event(sample, said, logprobs) for sample in range(self.told.num_samples)])
+
+    def _legacy(self, entries: list[TokenLogprobs], offset: int) -> tuple[bytes, int]:
+        """Log-probabilities in JSON, and where the text behind them begins."""
+        legacy = Legacy(self.told.words, offset)
+        legacy.add(entries)
+        return legacy.encoded(), legacy.offset
 
 
 def text_of(parts: Iterable[Part]) -> str:
@@ -294,6 +316,12 @@ class Legacy:
         self._words = words
         self._lists = {name: bytearray() for name in self._LISTS}
 
+    def begin(self, token_id: int, text: str) -> None:
+        """Append the first position of a prompt with this text: nothing is before it to be likely after."""
+        self._append(token_id, None, None)
+        if not text.startswith(self._words.text(token_id)):
+            self.offset = 0  # a control token, of which the text has nothing
+
     def add(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """Append positions."""
         words = self._words
@@ -305,9 +333,12 @@ class Legacy:
         """Bytes of the lists so far."""
         return sum(map(len, self._lists.values()))
 
-    def encoded(self) -> bytes:
-        """The object."""
-        lists = [b"%b:[%b]" % (_encode(name), entries[:-1]) for name, entries in self._lists.items()]
+    def encoded(self, before: Legacy | None = None) -> bytes:
+        """The object, with the positions of `before` in front."""
+        lists = [
+            b"%b:[%b]" % (_encode(name), ((before._lists[name] if before else b"") + entries)[:-1])
+            for name, entries in self._lists.items()
+        ]
         return b"{%b}" % b",".join(lists)
 
     def _append(self, token_id: int, *told: Any) -> None:
@@ -354,18 +385,22 @@ def chat_choice(index: int, answer: Answer, end: SampleEnd, reasoning: Reasoning
     return b'%b,"logprobs":%b}' % (_encode(told)[:-1], content)
 
 
-def completion_choice(index: int, text: str, end: SampleEnd, logprobs: bytes) -> bytes:
-    """A choice of a text completion. logprobs: in JSON."""
+def completion_choice(
+    index: int, text: str, end: SampleEnd, logprobs: bytes, prompt_logprobs: bytes = b""
+) -> bytes:
+    """A choice of a text completion. logprobs, prompt_logprobs: in JSON; empty for none."""
     told = {"index": index, "text": text, **_ended(end)}
-    return b'%b,"logprobs":%b}' % (_encode(told)[:-1], logprobs or b"null")
+    more = b',"prompt_logprobs":%b' % prompt_logprobs if prompt_logprobs else b""
+    return b'%b,"logprobs":%b%b}' % (_encode(told)[:-1], logprobs or b"null", more)
 
 
 def _ended(end: SampleEnd) -> dict[str, Any]:
     return {"finish_reason": end.finish_reason, "stop_reason": end.stop}
 
 
-def whole(told: Head, choices: Sequence[bytes], usage: dict[str, Any]) -> list[bytes]:
-    """A whole answer, in pieces that belong together."""
+def whole(told: Head, choices: Sequence[bytes], usage: dict[str, Any], prompt_logprobs: bytes = b"") -> list[bytes]:
+    """A whole answer, in pieces that belong together. prompt_logprobs: in JSON, where they stand beside choices."""
     before = b'%b,"choices":[' % _encode(_fields(told))[:-1]
     between = [piece for choice in choices for piece in (b",", choice)][1:]
-    return [before, *between, b'],"usage":%b}' % _encode(usage)]
+    more = [b',"prompt_logprobs":', prompt_logprobs] if prompt_logprobs else []
+    return [before, *between, b'],"usage":%b' % _encode(usage), *more, b"}"]

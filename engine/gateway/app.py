@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +21,7 @@ from cierzo.engine.gateway.endpoints import answering
 from cierzo.engine.gateway.errors import NoSuchPath, WrongMethod
 from cierzo.engine.gateway.guard import App, Guard
 from cierzo.engine.gateway.house import House
+from cierzo.engine.gateway.openapi import document
 from cierzo.engine.messages import ModelInfo
 
 Handler = Callable[[House, Call], Awaitable[None]]
@@ -136,12 +137,29 @@ def caller_of(call: Call) -> Caller:
 
 def make_app(house: House, backends: Backends, hosts: Collection[str] = ()) -> App:
     """The ASGI application. hosts: names under which it may be addressed, without ports; empty: any."""
-    config = house.config
+    config, rows = house.config, [*ROWS, *_rows_of(backends)]
+    rows.append(Row("GET", "/openapi.json", _describing(rows, config.lenient), is_open=True))
+    routes = [Route(row.path, Endpoint(row, house, backends), methods=[row.method]) for row in rows]
+    guard = Guard(_routed(Router(routes, redirect_slashes=False)), hosts)
+    if not config.cors_origin:
+        return guard
+    return CORSMiddleware(
+        guard,
+        allow_origins=[*config.cors_origin],
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
+        expose_headers=["x-request-id", "x-should-retry", "retry-after", "retry-after-ms"],
+    )
+
+
+def _rows_of(backends: Backends) -> list[Row]:
+    """Endpoints that ask whoever lets callers in, and the files of the page."""
 
     def health(name: str) -> Handler:
         """Make the handler of a probe."""
 
         async def probe(house: House, call: Call) -> None:
+            """Say how the server is, to whoever asks."""
             found = await backends.health()
             is_well = bool(getattr(found, name))
             told = {name: is_well, "state": found.state, "notes": found.notes}
@@ -157,25 +175,24 @@ def make_app(house: House, backends: Backends, hosts: Collection[str] = ()) -> A
         """Answer GET /page/state."""
         await site.state(house, call, backends.frontend)
 
-    files = [Row("GET", path, site.sender(asset), is_open=True) for path, asset in site.assets().items()]
-    probes = [Row("GET", f"/health/{name}", health(name), is_open=True) for name in PROBES]
-    rows = [
-        *(*ROWS, *probes, *files),
+    return [
+        *(Row("GET", path, site.sender(asset), is_open=True) for path, asset in site.assets().items()),
+        *(Row("GET", f"/health/{name}", health(name), is_open=True) for name in PROBES),
         Row("GET", "/health", health("ready"), is_open=True),
         Row("GET", "/metrics", metrics, right="stats"),
         Row("GET", "/page/state", state, right="stats"),
     ]
-    routes = [Route(row.path, Endpoint(row, house, backends), methods=[row.method]) for row in rows]
-    guard = Guard(_routed(Router(routes, redirect_slashes=False)), hosts)
-    if not config.cors_origin:
-        return guard
-    return CORSMiddleware(
-        guard,
-        allow_origins=[*config.cors_origin],
-        allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
-        expose_headers=["x-request-id", "x-should-retry", "retry-after", "retry-after-ms"],
-    )
+
+
+def _describing(rows: Sequence[Row], lenient: bool) -> Handler:
+    """Make the handler of the document that describes these rows."""
+    told = msgspec.json.encode(document(rows, lenient=lenient))
+
+    async def describe(house: House, call: Call) -> None:
+        """Answer GET /openapi.json."""
+        await call.reply(told)
+
+    return describe
 
 
 def _routed(router: Router) -> App:

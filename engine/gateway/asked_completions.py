@@ -29,8 +29,8 @@ def read_completions(body: bytes, rules: Rules) -> list[Asked]:
     if echo and "suffix" in arguments:
         limit = "false, with suffix"
         raise InvalidRequest(f"echo must be {limit}", field="echo", limit=limit, value=True)
-    if echo and "logprobs" in arguments:
-        arguments.setdefault("prompt_logprobs", arguments["logprobs"])
+    if echo and "logprobs" in arguments and "prompt_logprobs" not in arguments:
+        arguments["prompt_logprobs"] = arguments["logprobs"]
         read.places["sampling.prompt_logprobs"] = "logprobs"
     asked = read.asked(echo=echo, drops_output=drops_output)
     return [

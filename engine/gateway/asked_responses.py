@@ -18,7 +18,7 @@ from cierzo.engine.gateway.field_rows import (
     RESPONSES,
 )
 from cierzo.engine.gateway.fields import Sieve
-from cierzo.engine.gateway.reading import Asked, Body, Rules, item, sequence
+from cierzo.engine.gateway.reading import Asked, Body, Rules, sequence, text
 
 LOGPROBS = "message.output_text.logprobs"
 # What else may be included: parts of items that no answer here has. A thought is told as it is, encrypted nowhere.
@@ -36,7 +36,7 @@ def read_responses(body: bytes, rules: Rules) -> Asked:
     read = Body("responses", body, RESPONSES, rules)
     given, turns = read.need("input"), _Turns(read)
     if "instructions" in read.given:
-        turns.add_text("instructions", "system", item("", read.given, "instructions", str))
+        turns.add_text("instructions", "system", text("", read.given, "instructions"))
     if isinstance(given, str):
         turns.add_text("input", "user", given)
     else:
@@ -87,10 +87,10 @@ class _Turns:
         self.turns.append(turn)
         return turn
 
-    def add_text(self, place: str, role: str, text: str) -> None:
+    def add_text(self, place: str, role: str, words: str) -> None:
         """Add a turn whose content is the body's field `place`."""
         self._places[f"messages[{len(self.turns)}].content"] = place
-        self.add(place, role=role, content=text)
+        self.add(place, role=role, content=words)
 
     def take(self, one: Any, place: str) -> None:
         """Take in the item at `place`."""
@@ -107,7 +107,7 @@ class _Turns:
                 self._thought(fields, place)
 
     def _message(self, fields: dict[str, Any], place: str) -> None:
-        one_of(f"{place}.role", role := item(place, fields, "role", str), ROLES)
+        one_of(f"{place}.role", role := text(place, fields, "role"), ROLES)
         content = self._content(fields, "content", place)
         if role == "assistant" and (turn := self._open("content", "tool_calls")) is not None:
             turn["content"] = content
@@ -116,8 +116,8 @@ class _Turns:
             self.add(place, role="system" if role == "developer" else role, content=content)
 
     def _call(self, fields: dict[str, Any], place: str) -> None:
-        call = {"id": item(place, fields, "call_id", str)}
-        call |= {name: item(place, fields, name, str) for name in ("name", "arguments")}
+        call = {"id": text(place, fields, "call_id")}
+        call |= {name: text(place, fields, name) for name in ("name", "arguments")}
         turn = self._open()
         if turn is None:
             turn = self.add(place, role="assistant")
@@ -127,9 +127,9 @@ class _Turns:
         calls.append(call)
 
     def _result(self, fields: dict[str, Any], place: str) -> None:
-        result = {"role": "tool", "tool_call_id": item(place, fields, "call_id", str)}
+        result = {"role": "tool", "tool_call_id": text(place, fields, "call_id")}
         if "name" in fields:
-            result["name"] = item(place, fields, "name", str)
+            result["name"] = text(place, fields, "name")
         head = f"messages[{len(self.turns)}]"
         self._places |= {f"{head}.tool_call_id": f"{place}.call_id", f"{head}.content": f"{place}.output"}
         self.add(place, **result, content=self._content(fields, "output", place))
@@ -139,7 +139,7 @@ class _Turns:
         for number, part in enumerate(sequence(fields.get("content", []), f"{place}.content")):
             at = f"{place}.content[{number}]"
             self._sieve.kind(part, REASONING_PARTS, at)
-            texts.append(item(at, self._sieve.served(part, REASONING_PART, at), "text", str))
+            texts.append(text(at, self._sieve.served(part, REASONING_PART, at), "text"))
         if texts:
             self.add(place, role="assistant", reasoning="".join(texts))
 
@@ -160,5 +160,5 @@ class _Turns:
         for number, part in enumerate(sequence(content, field)):
             at = f"{field}[{number}]"
             rows = RESPONSE_PART_ROWS[self._sieve.kind(part, RESPONSE_PARTS, at)]
-            parts.append({"type": "text", "text": item(at, self._sieve.served(part, rows, at), "text", str)})
+            parts.append({"type": "text", "text": text(at, self._sieve.served(part, rows, at), "text")})
         return parts

@@ -103,7 +103,7 @@ def _asked_of(endpoint: Endpoint, body: bytes, rules: Rules) -> Sequence[Asked]:
 
 
 def _request(asked: Asked, rules: Rules, named: Mapping[str, str]) -> Request:
-    arguments = asked.arguments | named
+    arguments = {**asked.arguments, **named}
     most, n = arguments.get("max_tokens"), arguments.get("n", 1)
     is_long = type(most) is int and type(n) is int and min(most, rules.model.max_model_len) * n > WHOLE_TOKENS
     if is_long or asked.logprobs is not None or asked.prompt_logprobs is not None:

@@ -52,17 +52,21 @@ from cierzo.engine.messages import (
     Tokenize,
     Tokenized,
     TokenizerInfo,
+    TokenLogprobs,
     Worded,
 )
 from cierzo.engine.text.prompt import PromptEncoder
 
-FEATURES = frozenset((ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "tokenize", "trace"))
+FEATURES = frozenset(
+    (ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "prompt_logprobs", "tokenize", "trace")
+)
 RETRY_AFTER_S = 1.0
 CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
 CREDIT_S = 1.0  # and after so long whatever has been
 FIRST_QUESTION = 1 << 20  # stream ids of what is no generation
 _NOTHING = Generate(stream=0)  # an inbox keeps its request for servers that are to hear it again
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
+_decode_entries = msgspec.msgpack.Decoder(list[TokenLogprobs]).decode
 
 
 class Embedded:
@@ -252,6 +256,8 @@ class Desk:
 
     def _take(self, delta: Delta) -> None:
         inbox = self._inboxes[delta.stream]
+        if isinstance(delta.prompt_logprobs, msgspec.Raw):  # as the front end hands them on, unread
+            delta = msgspec.structs.replace(delta, prompt_logprobs=_decode_entries(delta.prompt_logprobs))
         cost = delta_cost(delta)
         inbox.held += cost
         if inbox.dropped:

@@ -20,7 +20,7 @@ from cierzo.engine.gateway.bodies import Request
 from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.errors import unplanned
 from cierzo.engine.gateway.house import House, ask
-from cierzo.engine.gateway.joining import Counted, Joining
+from cierzo.engine.gateway.joining import Counted, Joining, Prompt
 from cierzo.engine.gateway.reading import Endpoint
 from cierzo.engine.gateway.responses import ResponseEvents, response_head
 from cierzo.engine.gateway.sse import Run, heard, stream, together
@@ -55,7 +55,7 @@ async def _answer(house: House, call: Call, kind: Kind, requests: list[Request])
     """Ask the engine, and tell its answers."""
     first = requests[0].asked
     head = answers.head(kind.chunk if first.stream else kind.whole, kind.name, call.request_id, first.model)
-    prompts = [await _prompt_text(call.engine, request) for request in requests]
+    prompts = [await _prompt(house, call, request) for request in requests]
     generations = [ask(call.engine, request) for request in requests]
     if first.stream:
         runs = _runs(house, call, kind, head, requests, prompts, generations)
@@ -72,17 +72,28 @@ async def _answer(house: House, call: Call, kind: Kind, requests: list[Request])
             for each, final in zip(joining, finals, strict=True):
                 choices += each.choices(len(choices), final)
             thoughts = sum(each.thought_tokens for each in joining)
-            await call.reply(answers.whole(head, choices, answers.usage_of(finals, thoughts)))
+            scores = joining[0].prompt_logprobs if is_chat else b""
+            await call.reply(answers.whole(head, choices, answers.usage_of(finals, thoughts), scores))
     finally:
         for each in joining:
             each.close()
 
 
-async def _prompt_text(backend: Backend, request: Request) -> str:
-    """The prompt, where it comes before the answer."""
-    if request.prompt_text or not request.asked.echo:
-        return request.prompt_text
-    return await backend.detokenize(request.arguments.get("token_ids", ()))
+async def _prompt(house: House, call: Call, request: Request) -> Prompt:
+    """The prompt, as far as it comes before the answer."""
+    asked, backend = request.asked, call.engine
+    if asked.stream and asked.prompt_logprobs is not None and not asked.echo:
+        limit = "left out, unless echo is true or stream is false"
+        raise InvalidRequest(f"prompt_logprobs must be {limit}", field="prompt_logprobs", limit=limit, value=True)
+    if not asked.echo:
+        return Prompt()
+    token_ids = request.arguments.get("token_ids")
+    text = request.prompt_text if token_ids is None else await backend.detokenize(token_ids)
+    if asked.prompt_logprobs is None:
+        return Prompt(text)
+    first, *_ = await backend.tokenize(text=text) if token_ids is None else token_ids
+    await house.words(asked.as_token_ids).learn(backend, [first])
+    return Prompt(text, first)
 
 
 def _runs(
@@ -91,7 +102,7 @@ def _runs(
     kind: Kind,
     head: Head,
     requests: Sequence[Request],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     generations: Sequence[Generation],
 ) -> list[Run]:
     """Streams of all prompts; their choices are numbered in the order of these."""
@@ -108,7 +119,8 @@ def _runs(
             logprobs=asked.logprobs is not None,
             has_usage=asked.include_usage,
             continuous=asked.continuous_usage,
-            prompt_text=prompt,
+            prompt_text=prompt.text,
+            first_token=prompt.first_token,
             drops_output=asked.drops_output,
         )
         first_index += told.num_samples

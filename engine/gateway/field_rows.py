@@ -89,6 +89,7 @@ MESSAGE = table(
     *(served("reasoning_content", note="a thought before the content"), served("reasoning", note="the same")),
     served("prefix", note="of the last turn, the assistant's: the answer goes on with it"),
     *over("annotations", note="of an answer that comes back"),
+    refused("type", "a turn is of no type", "text", "message"),
     refused("refusal", _NO_GUARD),
     refused("audio", _NO_SOUNDS),
     refused("function_call", "tool_calls has taken its place"),
@@ -173,6 +174,9 @@ REASONING = table(
     refused("generate_summary", "thoughts are told as they are", "auto"),
     refused("context", "the thoughts that are given are what the model sees", "auto"),
     refused("mode", "the model has no such setting", "standard"),
+)
+RESPONSE_STREAM = table(
+    over("include_usage", note="the last event always has the usage"), STREAM_OPTIONS["include_obfuscation"]
 )
 TEXT_FORMAT = table(
     refused("format", _NO_GRAMMARS, {"type": "text"}),
@@ -267,7 +271,7 @@ RESPONSES = table(
     served("text", inner=TEXT_FORMAT),
     served("top_logprobs", note="alternatives beside each token"),
     served("include", note="message.output_text.logprobs; others name what no answer here has"),
-    served("stream_options", note="with stream true alone", inner=table(STREAM_OPTIONS["include_obfuscation"])),
+    served("stream_options", note="with stream true alone", inner=RESPONSE_STREAM),
     *over("max_tool_calls", note="it counts calls of tools that a hosted service runs"),
     refused("n", "a response is one answer", 1),
     refused("background", _NO_STORE, False),

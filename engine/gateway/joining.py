@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway import answers
@@ -10,7 +12,7 @@ from cierzo.engine.gateway.bodies import Request
 from cierzo.engine.gateway.call import ANYBODY, RETRY_AFTER_S, Call
 from cierzo.engine.gateway.errors import unplanned
 from cierzo.engine.gateway.house import House
-from cierzo.engine.gateway.token_words import chat_entry
+from cierzo.engine.gateway.token_words import chat_entry, prompt_entry
 from cierzo.engine.messages import Delta, Final
 
 
@@ -39,10 +41,17 @@ class Counted:
         self._num_bytes = 0
 
 
+class Prompt(NamedTuple):
+    """A prompt that comes before its answer: its text, and its first token, if its log-probabilities are told."""
+
+    text: str = ""
+    first_token: int | None = None
+
+
 class Joining:
     """An answer to one prompt, put together as it is made. Its bytes are counted until it is closed."""
 
-    def __init__(self, house: House, call: Call, request: Request, is_chat: bool, prompt: str) -> None:
+    def __init__(self, house: House, call: Call, request: Request, is_chat: bool, prompt: Prompt) -> None:
         self.thought_tokens = 0
         self._house = house
         self._call = call
@@ -53,7 +62,12 @@ class Joining:
         self._counted = Counted(house)
         self._generation: Generation | None = None
         self._entries = [bytearray() for _ in range(request.num_samples)]
-        self._legacy = [answers.Legacy(words) for _ in range(request.num_samples)]
+        offset = len(prompt.text)
+        self._legacy = [answers.Legacy(words, offset) for _ in range(request.num_samples)]
+        self._before = answers.Legacy(words)
+        if prompt.first_token is not None:
+            self._before.begin(prompt.first_token, prompt.text)
+        self._scores = bytearray()  # of a prompt that does not come before its answer
 
     async def join(self, generation: Generation) -> Final:
         """Wait for the whole answer. Raises the CierzoError that ended it."""
@@ -72,19 +86,32 @@ class Joining:
         return final
 
     def _add(self, delta: Delta) -> None:
-        num_bytes = len(delta.text)
-        if delta.logprobs and self._is_chat:
+        before, words = self._num_bytes, self._words
+        if delta.prompt_logprobs and self._prompt.first_token is not None:
+            self._before.add(delta.prompt_logprobs)
+        elif delta.prompt_logprobs:
+            for entry in delta.prompt_logprobs:
+                self._scores += prompt_entry(words, entry) + b","
+        elif delta.logprobs and self._is_chat:
             entries = self._entries[delta.sample]
-            before = len(entries)
             for entry in delta.logprobs:
-                entries += chat_entry(self._words, entry) + b","
-            num_bytes += len(entries) - before
+                entries += chat_entry(words, entry) + b","
         elif delta.logprobs:
-            legacy = self._legacy[delta.sample]
-            before = legacy.num_bytes
-            legacy.add(delta.logprobs)
-            num_bytes += legacy.num_bytes - before
-        self._counted.add(num_bytes)
+            self._legacy[delta.sample].add(delta.logprobs)
+        self._counted.add(len(delta.text) + self._num_bytes - before)
+
+    @property
+    def _num_bytes(self) -> int:
+        """Bytes of all log-probabilities so far."""
+        legacy = len(self._legacy) * self._before.num_bytes + sum([each.num_bytes for each in self._legacy])
+        return legacy + len(self._scores) + sum(map(len, self._entries))
+
+    @property
+    def prompt_logprobs(self) -> bytes:
+        """Log-probabilities of the prompt, in JSON, where they are told beside the answer; else nothing."""
+        if self._asked.prompt_logprobs is None or self._asked.echo:
+            return b""
+        return b"[%b]" % b",".join([b"null", *([bytes(self._scores[:-1])] if self._scores else [])])
 
     def choices(self, first_index: int, final: Final) -> list[bytes]:
         """The choices that the samples are."""
@@ -97,10 +124,11 @@ class Joining:
                 entries = bytes(self._entries[end.sample][:-1])
                 told.append(answers.chat_choice(index, answer, end, self._house.config.reasoning_format, entries))
             else:
-                has_some = self._asked.logprobs is not None
-                logprobs = self._legacy[end.sample].encoded() if has_some else b""
-                text = self._prompt + ("" if self._asked.drops_output else answers.text_of(answer.parts))
-                told.append(answers.completion_choice(index, text, end, logprobs))
+                has_some = self._asked.logprobs is not None or self._prompt.first_token is not None
+                legacy = answers.Legacy(self._words) if self._asked.drops_output else self._legacy[end.sample]
+                logprobs = legacy.encoded(self._before) if has_some else b""
+                text = self._prompt.text + ("" if self._asked.drops_output else answers.text_of(answer.parts))
+                told.append(answers.completion_choice(index, text, end, logprobs, self.prompt_logprobs))
         return told
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from cierzo.engine.text.unicode import refuse_surrogates
 PLACE = "body"  # the field of an error about all of it
 _may_hold_surrogates = re.compile(rb"\\u[dD]").search
 _NAME = re.compile(r"\w+", re.ASCII)
+_SOUND = {int, bool, type(None)}
 _Twice = dict[int, tuple[object, str]]
 
 
@@ -91,6 +92,9 @@ def _check(value: Any, path: list[str | int], max_depth: int, twice: _Twice) -> 
         elif set(map(type, value)) == {int}:
             return  # token ids, of which there may be many
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            kind = type(inner)
+            if kind in _SOUND or (kind is str and inner.isascii()):
+                continue
             path.append(key)
             _check(inner, path, max_depth, twice)
             path.pop()

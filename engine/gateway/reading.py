@@ -204,13 +204,13 @@ def _heads(field: str) -> Iterator[str]:
     yield from (field[: found.start()] for found in reversed([*re.finditer(r"[.\[]", field)]))
 
 
-def item(place: str, values: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A field of an object at `place`, of one type. Raises InvalidRequest for another one, or if it is missing."""
-    field, limit = at(place, name), {str: "a text", list: "a list"}[kind]
+def text(place: str, values: Mapping[str, Any], name: str) -> str:
+    """A text of an object at `place`. Raises InvalidRequest for anything else, or if it is missing."""
+    field = at(place, name)
     if name not in values:
         raise InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
-    if not isinstance(values[name], kind):
-        raise _mistyped(field, limit, values[name])
+    if not isinstance(values[name], str):
+        raise _mistyped(field, "a text", values[name])
     return values[name]
 
 

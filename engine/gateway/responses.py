@@ -102,7 +102,7 @@ class ResponseEvents:
 
     def take(self, deltas: Sequence[Delta]) -> bytes:
         """The events that tell of new output."""
-        return self._told(event for delta in deltas for event in self._take(delta))
+        return b"".join([self._more_text(delta) or self._told(self._take(delta)) for delta in deltas])
 
     def end(self, final: Final) -> bytes:
         """The events at the end. Of an answer that came without deltas, all of them."""
@@ -119,6 +119,14 @@ class ResponseEvents:
             self._entries += delta.logprobs or ()
         for piece in pieces(delta.parts, delta.text, len(delta.token_ids)):
             yield from self._piece(piece)
+
+    def _more_text(self, delta: Delta) -> bytes:
+        """The one event of more text, which is the rule; nothing of any other delta."""
+        item = self._item
+        if item is None or delta.parts or not delta.text or self._spelling is not None or not item.is_told_text:
+            return b""
+        self._number += 1
+        return item.more_text(delta.text, self._number - 1)
 
     def _piece(self, piece: Part) -> Iterator[Event]:
         if self._item is None or not goes_on(self._item.first, piece):
@@ -224,6 +232,21 @@ class _Item:
         self._texts: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
         self._is_told = False
+        self._before_text = b""  # of events of more text, but for their number
+
+    @property
+    def is_told_text(self) -> bool:
+        """Whether it is a text that has been announced."""
+        return self._is_told and self.first.kind == "text"
+
+    def more_text(self, text: str, number: int) -> bytes:
+        """Take a piece of text without log-probabilities; the event that tells it."""
+        self._texts.append(text)
+        if not self._before_text:
+            kind = f"{EVENTS['text']}.delta"
+            told = {"type": kind, **self._place(), "logprobs": []}
+            self._before_text = b"event: %b\ndata: %b" % (kind.encode(), _encode(told)[:-1])
+        return b'%b,"sequence_number":%d,"delta":%b}\n\n' % (self._before_text, number, _encode(text))
 
     def push(self, piece: Part, logprobs: list[dict[str, Any]], event: NewEvent) -> Iterator[Event]:
         """Take a piece. event: makes events."""

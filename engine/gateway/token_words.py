@@ -37,8 +37,8 @@ class TokenWords:
     async def learn_all(self, backend: Backend, deltas: Iterable[Delta]) -> None:
         """Ask for those of all log-probabilities in new output."""
         for delta in deltas:
-            if delta.logprobs:
-                await self.learn(backend, tokens_of(delta.logprobs))
+            if entries := delta.logprobs or delta.prompt_logprobs:
+                await self.learn(backend, tokens_of(entries))
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token."""
@@ -98,3 +98,18 @@ def legacy_top(words: TokenWords, entry: TokenLogprobs) -> dict[str, float]:
             text = words.text(token_id)
             told[f"token_id:{token_id}" if text in told else text] = number(logprob)
     return told
+
+
+def prompt_entry(words: TokenWords, entry: TokenLogprobs) -> bytes:
+    """A position of a prompt as clients of vLLM read it: by token id, ranks as far as they are known."""
+    ranks = {token_id: rank for rank, token_id in enumerate(entry.top_token_ids, 1)}
+    found = {entry.token_id: entry.logprob, **dict(zip(entry.top_token_ids, entry.top_logprobs, strict=True))}
+    told = {
+        str(token_id): {
+            "logprob": number(logprob),
+            "rank": ranks.get(token_id),
+            "decoded_token": words.text(token_id),
+        }
+        for token_id, logprob in found.items()
+    }
+    return _encode(told)

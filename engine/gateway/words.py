@@ -17,7 +17,7 @@ from cierzo.engine.frontend.client_options import TokenizeArguments
 from cierzo.engine.gateway.asked_chat import read_chat
 from cierzo.engine.gateway.field_rows import MODEL
 from cierzo.engine.gateway.fields import refused, served, table
-from cierzo.engine.gateway.reading import Asked, Body, Rules, in_body, item, sequence
+from cierzo.engine.gateway.reading import Asked, Body, Rules, in_body, sequence, text
 from cierzo.engine.messages import ModelInfo, TokenizerInfo
 
 _OF_CHAT = ("model", "messages", "tools", "reasoning_effort", "add_generation_prompt", "continue_final_message")
@@ -109,10 +109,10 @@ async def detokenize(body: bytes, rules: Rules, backend: Tokens) -> Told:
             field, limit = f"tokens[{number}]", "a token id"
             raise InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=shown(token))
     try:
-        text = await backend.detokenize(tokens, control_tokens=True)
+        said = await backend.detokenize(tokens, control_tokens=True)
     except CierzoError as error:
         raise _renamed(error, "token_ids", "tokens") from error
-    return Told({"prompt": text}, read.sieve.passed_over)
+    return Told({"prompt": said}, read.sieve.passed_over)
 
 
 async def tokenizer_info(backend: Tokens) -> Told:
@@ -130,7 +130,7 @@ def _text(read: Body) -> TokenizeArguments:
     for name in _OF_CHAT[1:]:
         _without(read, name, "messages")
     return {
-        "text": item("", read.given, "prompt", str),
+        "text": text("", read.given, "prompt"),
         "special_tokens": read.flag("add_special_tokens", default=True),
         "control_tokens": read.flag("parse_special", default=True),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
 from cierzo.bench import rpc
+from cierzo.bench.peers.process import Process
 from cierzo.engine.errors import ConfigError
 
 
@@ -18,17 +20,18 @@ def turns_of(figures):
 @pytest.mark.parametrize(
     ("ours", "status"),
     [
-        ([(900.0, 940.0), (880.0, 935.0), (10.0, 10.0)], 0),
-        ([(860.0, 940.0)] * 3, 1),
-        ([(900.0, 920.0)] * 3, 1),
+        ([(900.0, 940.0, 2.5), (880.0, 935.0, 2.0), (10.0, 10.0, 9.0)], 0),
+        ([(860.0, 940.0, 2.5)] * 3, 1),
+        ([(900.0, 920.0, 2.5)] * 3, 1),
     ],
 )
 def test_medians_are_judged(ours, status, capsys):
-    theirs = [(1000.0, 1000.0)] * 3
+    theirs = [(1000.0, 1000.0, 2.0)] * 3
     assert rpc.paired([turns_of(ours), turns_of(theirs)], ("this tree", "abc"), 3, rpc.RATIOS) == status
     told = capsys.readouterr().out
     assert told.count("this tree") == told.count("abc") == 3
     assert ("BELOW" in told) == bool(status)
+    assert "processors: medians of 2.50 and 2.00 s, 0.800" in told
 
 
 def test_turns_alternate():
@@ -37,12 +40,20 @@ def test_turns_alternate():
     def turn(name):
         def run():
             order.append(name)
-            return 1.0, 1.0
+            return 1.0, 1.0, 1.0
 
         return run
 
     assert rpc.paired([turn("A"), turn("B")], ("this tree", "x"), 2, rpc.RATIOS) == 0
     assert order == ["A", "B", "A", "B"]
+
+
+def test_processor_time_counts_children_too(tmp_path):
+    busy = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ntime.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
+    with Process([sys.executable, "-c", parent], tmp_path / "log", stdout=subprocess.PIPE) as process:
+        assert process.popen.stdout.readline() == b"\n"
+        assert 0.15 < process.cpu_s() < 5
 
 
 def test_a_commit_that_is_not_there(tmp_path):

@@ -16,7 +16,7 @@ from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
-from cierzo.scheduler.plan import SeqPlan, StepPlan
+from cierzo.scheduler.plan import SeqPlan, StepPlan, TokenLogprobs, unpacked_entry
 
 VOCAB = 11  # small, so that stop tokens come early
 BLOCK_TOKENS = 4
@@ -53,26 +53,34 @@ def make_core(num_blocks: int) -> tuple[EngineCore, Deferring]:
 def run(
     seed: int, num_blocks: int, *, overlapped: bool, aborts: bool = False
 ) -> tuple[dict[int, list[int]], dict[int, str], int]:
-    """Tokens and end of every request of a random load, and the number of preemptions."""
+    """Tokens and end of every request of a random load, and the number of preemptions. Of every third the prompt is
+    scored: its log-probabilities stand under a negative number."""
     core, runner = make_core(num_blocks)
     step = core.step_overlapped if overlapped else core.step_plain
     rng = random.Random(seed)
     tokens: dict[int, list[int]] = {}
+    scores: dict[int, list[TokenLogprobs]] = {}
     ends: dict[int, str] = {}
 
     def take(deltas: list[TokenDelta]) -> None:
         for delta in deltas:
             assert delta.request_id not in ends, "a sequence goes on after its end"
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            scores.setdefault(delta.request_id, []).extend(map(unpacked_entry, delta.prompt_logprobs or ()))
             if delta.finish is not None:
                 ends[delta.request_id] = delta.finish.reason
                 assert delta.finish.output_tokens == len(tokens[delta.request_id])
 
+    prompts: dict[int, list[int]] = {}
     for number in range(12):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 20))]
         params = SamplingParams(
-            max_tokens=rng.randrange(1, 18), seed=number, stop_token_ids=(rng.randrange(VOCAB),)
+            max_tokens=rng.randrange(1, 18),
+            seed=number,
+            stop_token_ids=(rng.randrange(VOCAB),),
+            prompt_logprobs=None if number % 3 else 2,
         )
+        prompts[number] = [] if number % 3 else prompt[1:]
         core.submit(Submit(request_id=number, prompt_token_ids=prompt, sampling=params))
         for _ in range(rng.randrange(4)):
             take(step())
@@ -88,6 +96,10 @@ def run(
     assert set(ends) == set(range(12))
     assert runner.deepest == (2 if overlapped else 1)
     assert not runner.beyond
+    for number, entries in scores.items():
+        scored = [entry.token_id for entry in entries]
+        assert scored == prompts[number][: len(scored) if ends[number] == "cancelled" else None]
+        tokens[-1 - number] = [int(256 * entry.logprob) for entry in entries]
     return tokens, ends, core.stats().preemptions
 
 

@@ -51,6 +51,11 @@ FRAMES: dict[str, dict[str, Any]] = {
     "stats": {"type": "stats", "stream": 9},
     "model": {"type": "model", "stream": 10},
     "drain-undo": {"type": "drain", "stream": 11, "undo": True},
+    "hello-words": {**HELLO, "features": ["tokenize"]},
+    "tokenize": {"type": "tokenize", "stream": 12, "text": "a</s>", "control_tokens": True},
+    "tokenize-chat": {"type": "tokenize", "stream": 13, "messages": CHAT},
+    "detokenize": {"type": "detokenize", "stream": 14, "token_ids": [*range(300)] * 10, "pieces": True},
+    "tokenizer": {"type": "tokenizer", "stream": 15},
 }
 SEQUENCES = {
     "asks": ["hello", "ping", "health", "stats", "model"],
@@ -58,6 +63,7 @@ SEQUENCES = {
     "generates-2": ["hello-2", "generate-ids", "generate-text", "ping"],
     "attaches": ["hello", "attach", "generate-attached", "ping"],
     "resumes": ["hello", "generate-key", "generate-key", "resume", "cancel-request", "credit"],
+    "words": ["hello-words", "tokenize", "tokenize-chat", "detokenize", "detokenize", "tokenizer"],
     "twice": ["hello", "hello"],
     "no-hello": ["ping"],
 }

@@ -123,6 +123,14 @@ const cases = {
     return rest(connection.generate(request));
   },
 
+  async words(connection) {
+    const { text } = request;
+    const { token_ids } = await connection.call("tokenize", { text });
+    const told = await connection.call("detokenize", { token_ids, pieces: true });
+    const pieces = told.pieces.map((piece) => piece.toString("latin1"));
+    return { token_ids, text: told.text, pieces, kind: (await connection.call("tokenizer")).kind };
+  },
+
   async control(connection) {
     const types = [];
     for (const type of ["ping", "health", "stats", "model"]) types.push((await connection.call(type)).type);

@@ -140,6 +140,14 @@ def test_control_messages(address, client):
     assert told["health"] == "ready"
 
 
+def test_tokens_of_a_text_and_text_of_tokens(address, client):
+    told = node(address, "words", text="né")
+    assert told["token_ids"] == client.tokenize(text="né")
+    assert told["text"] == "né"
+    assert [piece.encode("latin1") for piece in told["pieces"]] == client.token_bytes(told["token_ids"])
+    assert told["kind"] == client.tokenizer_info().kind == "tokenizers"
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -35,6 +35,8 @@ class Client:
         poisoned: bool,
         everybody: list[Peer],
         thinks: bool = False,
+        tenant: str = "",
+        key: str = "",
     ) -> None:
         self.rng = rng
         self._network = network
@@ -45,6 +47,7 @@ class Client:
         self._poisoned = poisoned
         self._everybody = everybody
         self._thinks = thinks
+        self._tenant, self._key = tenant, key  # "": the server has none
         self._loop = asyncio.get_running_loop()
         self.peers: list[Peer] = []
         self.mine: list[Request] = []
@@ -68,6 +71,8 @@ class Client:
             (2, self._junk),
             (1, self._another_connection),
         ]
+        if self._tenant:
+            turns.append((2, self._take_another_s))
         weights = [weight * self.rng.random() for weight, _ in turns]
         weights[0] += 5
         for _ in range(num_turns):
@@ -119,8 +124,20 @@ class Client:
             peer.ask("cancel_request", ("error",), request_id=f"{self.rng.getrandbits(128):032x}")
             return
         request = self.rng.choice(known)
+        if request.tenant != self._tenant:
+            peer.ask("cancel_request", ("error",), request_id=request.request_id)
+            return
         request.cancelled_s.append(self._loop.time())
         peer.ask("cancel_request", ("done", "error"), request_id=request.request_id)
+
+    async def _take_another_s(self) -> None:
+        """Try to read the answer of another tenant's request, whose id has leaked."""
+        peer = await self._peer()
+        known = [one for one in self._history.requests if one.request_id and one.tenant != self._tenant]
+        if peer is not None and known and "resume" in peer.features:
+            request = self.rng.choice(known)
+            received = [0] * request.num_samples
+            peer.ask("resume", ("error",), request_id=request.request_id, received=received)
 
     async def _stop_reading(self) -> None:
         """For a while, up to more than a server bears."""
@@ -156,7 +173,7 @@ class Client:
 
     async def _repeat_key(self) -> None:
         peer = await self._peer()
-        keyed = [one for one in self._history.requests if "idempotency_key" in one.body]
+        keyed = [one for one in self._history.requests if self._has_key(one)]
         if self._thinks and peer is not None:  # else it depends on who comes first, in which form the answer comes
             keyed = [one for one in keyed if one.is_apart == ("parts" in peer.features)]
         if peer is not None and keyed and "resume" in peer.features:
@@ -164,7 +181,7 @@ class Client:
 
     async def _reuse_key(self) -> None:
         peer = await self._peer()
-        keyed = [one for one in self._history.requests if "idempotency_key" in one.body and one.request_id]
+        keyed = [one for one in self._history.requests if self._has_key(one) and one.request_id]
         if peer is None or not keyed or "resume" not in peer.features:
             return
         body = self.rng.choice(keyed).body
@@ -210,9 +227,13 @@ class Client:
 
     # --- inside ----------------------------------------------------------------------------------------
 
+    def _has_key(self, request: Request) -> bool:
+        """Tell whether an idempotency key stands for this request, where this client uses it."""
+        return "idempotency_key" in request.body and request.tenant == self._tenant
+
     def _connect(self) -> Peer:
         wanted = FEATURES if self._features is None else self._features
-        peer = Peer(self._network.connect(), self._history, wanted)
+        peer = Peer(self._network.connect(), self._history, wanted, self._key)
         self.peers.append(peer)
         self._everybody.append(peer)
         return peer
@@ -262,9 +283,10 @@ class Client:
         if rng.random() < 0.2:
             body["priority"] = rng.randint(-2, 2)
         if rng.random() < 0.5 and "resume" in peer.features:
-            body["idempotency_key"] = f"key {number}"
+            own = sum(one.tenant == self._tenant for one in self._history.requests)
+            body["idempotency_key"] = f"key {own}"  # which another tenant may use too
         as_text = rng.random() < 0.2 and all(9 < token < 127 for token in prompt)
-        return Request(number, body, as_text)
+        return Request(number, body, as_text, self._tenant)
 
     def _send(self, peer: Peer, request: Request) -> Attempt:
         message = dict(request.body)

@@ -15,6 +15,7 @@ class Request:
     number: int
     body: Body  # of generate, without the stream; a prompt is always there as `token_ids`
     as_text: bool = False  # the prompt is sent as text
+    tenant: str = ""  # whose it is
     attempts: list[Attempt] = field(default_factory=list)
     cancelled_s: list[float] = field(default_factory=list)  # when anybody asked for it
 

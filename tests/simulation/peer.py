@@ -28,7 +28,7 @@ def frame(body: Body | bytes) -> bytes:
 class Peer:
     """A connection of a client: attempts and questions by stream id, and a task that reads."""
 
-    def __init__(self, wire: Wire, history: History, features: tuple[str, ...]) -> None:
+    def __init__(self, wire: Wire, history: History, features: tuple[str, ...], key: str = "") -> None:
         self.wire = wire
         self.features: frozenset[str] = frozenset()
         self.attempts: dict[int, Attempt] = {}
@@ -46,7 +46,7 @@ class Peer:
         self._reads.set()
         wire.on_freeze = self.disturb
         hello: Body = {"type": "hello", "magic": "cierzo", "version": PROTOCOL_VERSION, "features": list(features)}
-        wire.send(frame(hello))
+        wire.send(frame({**hello, "key": key} if key else hello))
         self.task = self._loop.create_task(self._read())
 
     @property

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import tempfile
 from collections import Counter
+
+import msgspec
 
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.frontend import rpc
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.core_side import PATIENCE_S
+from cierzo.engine.frontend.keys import key_line
+from cierzo.engine.frontend.tenants import RIGHTS
 from cierzo.engine.messages import ModelInfo
 from cierzo.engine.testing.words import fake_model
 from cierzo.engine.worker.fake import fake_config
@@ -28,6 +33,7 @@ from .reference import References
 
 WATCH_S = 0.05
 LATE_S = 0.1  # by which a stream may outlive its deadline in the tables
+TENANTS = {"ann": 1.0, "bob": 4.0}  # of every third world, with their weights; each one's name is its key
 
 
 class _Errors(logging.Handler):
@@ -93,6 +99,7 @@ class World:
             eos_token_ids=self.eos,
         )
         self.thinks = seed % 4 == 0  # the model marks its thoughts
+        self.tenants = [*TENANTS] if seed % 3 == 1 else []
         self.is_calm = False
         self.everybody: list[Peer] = []
 
@@ -118,10 +125,21 @@ class World:
             logger.propagate = propagates
             loop.close()
 
+    def _house(self) -> House:
+        """The server, which has keys where there are tenants."""
+        seed, limits = random.Random(self.rng.random()), self.limits
+        with tempfile.NamedTemporaryFile("w") as keys:
+            for tenant in self.tenants:
+                line = f'{{"tenant": "{tenant}", "weight": {TENANTS[tenant]}}}'
+                print(line, key_line(tenant, tenant, RIGHTS), sep="\n", file=keys, flush=True)
+            if self.tenants:
+                limits = msgspec.structs.replace(limits, keys=keys.name)
+            return House(seed, limits, self._model(), self.link, self.clock, self.thinks)
+
     async def _live(self, loop: VirtualLoop) -> None:
         rng = self.rng
         self.link = SimulatedLink(random.Random(rng.random()), self.config, self.limits, self.clock)
-        house = House(random.Random(rng.random()), self.limits, self._model(), self.link, self.clock, self.thinks)
+        house = self._house()
         self.frontend, self.server = house.frontend, house.server
         self.network = Network(random.Random(rng.random()), self.server)
         poisoned = rng.random() < 0.15
@@ -147,6 +165,7 @@ class World:
         self._check_nothing_left(loop)
 
     def _client(self, number: int, poisoned: bool) -> Client:
+        tenant = self.tenants[number % len(self.tenants)] if self.tenants else ""
         return Client(
             random.Random(self.rng.random()),
             self.network,
@@ -157,6 +176,8 @@ class World:
             poisoned,
             self.everybody,
             self.thinks,
+            tenant,
+            tenant,
         )
 
     def _model(self) -> ModelInfo:
@@ -203,7 +224,7 @@ class World:
 
     async def _drain(self) -> None:
         wire = self.network.connect()
-        peer = Peer(wire, self.history, ())
+        peer = Peer(wire, self.history, (), self.tenants[0] if self.tenants else "")
         self.everybody.append(peer)
         self.history.drains.append(self.clock())
         if await peer.welcome is not None:
@@ -239,6 +260,13 @@ class World:
         streams, wrong = self.frontend.streams, self.history.wrong
         if len(streams) or streams.num_samples or streams.num_tokens:
             wrong(f"left open: {len(streams)} streams, {streams.num_samples} samples, {streams.num_tokens} tokens")
+        for pool in self.frontend.tenancy.pools.values():
+            is_kept = pool._name in ("max_kept_bytes", "max_idempotency_keys")  # for a while after the end
+            if not is_kept and (pool.num or pool._excess):
+                wrong(f"left of {pool._name}: {pool.num}, beyond the parts that are kept {pool._excess}")
+        for book in self.frontend.tenancy.books():
+            if book.num_requests or book.num_tokens or book.num_tokenless:
+                wrong(f"left in a book: {book}")
         if self.server._connections:
             wrong(f"left open: {len(self.server._connections)} connections")
         life = self.link.life

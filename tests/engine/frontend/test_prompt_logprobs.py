@@ -116,8 +116,10 @@ def test_a_whole_answer_that_may_be_too_long_is_refused():
     with pytest.raises(InvalidRequest) as caught:
         require_bounded(submit(prompt_logprobs=1), 101, 2 * 100 * 43)
     assert (caught.value.field, caught.value.limit) == ("sampling.prompt_logprobs", "a prompt of 100 tokens")
-    with pytest.raises(InvalidRequest, match="max_answer_bytes"):
-        require_bounded(submit(prompt_logprobs=0), 10, 10 * 29 + 10 * 8 - 1)
+    require_bounded(submit(prompt_logprobs=0), 2, 2 * 29 + 10 * 8)
+    with pytest.raises(InvalidRequest) as caught:
+        require_bounded(submit(prompt_logprobs=0), 2, 2 * 29 + 10 * 8 - 1)
+    assert caught.value.field == "sampling.max_tokens"
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_a_long_prompts_log_stays_within_its_bound(run, serving, peering, cores)
     async def body():
         async with serving(cores=cores, max_answer_bytes=60_000) as house, peering(house, HELLO) as peer:
             cores.free = False
-            peer.say(ask(2))
+            peer.say(ask(2, idempotency_key="once"))
             name = (await peer.hear()).request_id
             await cores.until(lambda: cores.now.submits)
             (stream,) = house.frontend.streams
@@ -310,6 +312,9 @@ def test_a_long_prompts_log_stays_within_its_bound(run, serving, peering, cores)
             peer.say(Resume(stream=2, request_id=name, received=[0], prompt_received=0))
             refusal = await peer.hear()
             assert (refusal.field, "max_answer_bytes, 60000" in refusal.message) == ("prompt_received", True)
+            peer.say(ask(2, stream=3, idempotency_key="once"))
+            refusal = await peer.hear()
+            assert (refusal.code, "max_answer_bytes, 60000" in refusal.message) == ("not_found", True)
             cores.go_on()
             await hear_all(peer)
 

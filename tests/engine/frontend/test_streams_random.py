@@ -38,6 +38,7 @@ from cierzo.engine.messages import (
     TokenLogprobs,
 )
 from cierzo.engine.testing.local_encoders import local_encoders
+from cierzo.scheduler.plan import packed_entry
 
 CONFIG = FrontendConfig(
     stream_credit_bytes=1024,
@@ -90,7 +91,9 @@ class ScriptedCore:
             whole = answer(command.prompt_token_ids, sample, command.sampling.max_tokens)
             done = len(command.output_token_ids)
             assert command.output_token_ids == whole[:done]
-            self.sequences[command.request_id, sample] = [command, whole, done]
+            is_scored = command.sampling.prompt_logprobs is not None and sample == command.first_sample
+            left = command.prompt_token_ids[1 + command.num_scored :] if is_scored else []
+            self.sequences[command.request_id, sample] = [command, whole, done, left]
 
     @property
     def ended(self):
@@ -99,7 +102,11 @@ class ScriptedCore:
     def step(self):
         deltas, self._ended = self.ended, []
         for key, sequence in [*self.sequences.items()]:
-            command, whole, done = sequence
+            command, whole, done, left = sequence
+            if left:
+                sequence[3] = left[7:]
+                deltas.append(TokenDelta(*key, [], None, None, [packed_entry(entry(token)) for token in left[:7]]))
+                continue
             token_ids, sequence[2] = whole[done : done + 1], done + 1
             if done + 1 == len(whole):
                 deltas.append(self._end(key, "length", token_ids))
@@ -108,7 +115,7 @@ class ScriptedCore:
         return StepOutput(deltas=deltas)
 
     def _end(self, key, reason, token_ids):
-        command, _, done = self.sequences.pop(key)
+        command, _, done, _ = self.sequences.pop(key)
         end = Finish(reason, "", None, len(command.prompt_token_ids), done, 0, 0, 0.0, 0.0, 0.0)
         return TokenDelta(*key, token_ids, self._logprobs(command, token_ids), end)
 
@@ -126,6 +133,7 @@ class Copy:
         self.token_ids = defaultdict(list)
         self.texts = defaultdict(str)
         self.logprobs = defaultdict(list)
+        self.scores = []
         self.tails = defaultdict(str)
 
 
@@ -162,6 +170,7 @@ class FakeSink:
     def _take(self, copy, delta):
         copy.token_ids[delta.sample] += delta.token_ids
         copy.logprobs[delta.sample] += delta.logprobs or []
+        copy.scores += delta.prompt_logprobs
         (copy.texts if delta.token_ids else copy.tails)[delta.sample] += delta.text
 
 
@@ -192,7 +201,8 @@ class World:
 
     def connect(self):
         if len(self.sinks) < 4:
-            sink = FakeSink(self.draw.choice([(), ("resume",), ("credit",), ("resume", "credit")]))
+            features = self.draw.choice([(), ("resume",), ("credit",), ("resume", "credit")])
+            sink = FakeSink((*features, "prompt_logprobs"))
             self.sinks.append(sink)
             self.frontend.connect(sink)
 
@@ -212,10 +222,11 @@ class World:
                 n=draw.randint(1, 3),
                 max_tokens=draw.randint(1, 60),
                 logprobs=draw.choice([None, 1]),
+                prompt_logprobs=draw.choice([None, None, 1]),
                 stop=draw.choice([(), (STOP,), ("zzz",)]),
                 seed=5,
             )
-            prompt = [draw.randint(0, 99)]
+            prompt = [draw.randint(0, 99) for _ in range(draw.choice([1, 1, 70]))]
             key = f"key {draw.randint(0, 9)}" if keyed else None
             self.ask(sink, Generate(stream=0, token_ids=prompt, sampling=sampling, idempotency_key=key))
 
@@ -248,7 +259,9 @@ class World:
         copy, sink = self.draw.choice(copies), self.draw.choice(sinks)
         self.next_stream += 1
         received = [self.draw.randint(0, len(copy.token_ids[i])) for i in range(copy.message.sampling.n)]
+        num_scores = self.draw.choice([0, self.draw.randint(0, len(copy.scores)), len(copy.scores)])
         sink.open[self.next_stream] = again = Copy(copy.message)
+        again.scores = copy.scores[:num_scores]
         again.name = copy.name
         for index, offset in enumerate(received):
             again.token_ids[index] = copy.token_ids[index][:offset]
@@ -258,7 +271,8 @@ class World:
             if again.texts[index] is None:
                 again.texts[index] = self.text_of(again, index)
         try:
-            self.frontend.resume(sink, Resume(stream=self.next_stream, request_id=copy.name, received=received))
+            places = {"received": received, "prompt_received": num_scores}
+            self.frontend.resume(sink, Resume(stream=self.next_stream, request_id=copy.name, **places))
         except (NotFound, Overloaded, InvalidRequest) as error:
             self.num_forgotten += 1
             sink.put(failure(self.next_stream, error))
@@ -326,6 +340,13 @@ class World:
     def check(self, copy, last):
         """What one reader has got is a beginning of the reference, and all of it if the answer is complete."""
         params = copy.message.sampling
+        scores = (
+            [entry(token) for token in copy.message.token_ids[1:]] if params.prompt_logprobs is not None else []
+        )
+        assert copy.scores == scores[: len(copy.scores)]
+        ends = [end.finish_reason for end in last.samples] if isinstance(last, Final) else ["none"]
+        if not copy.cancelled and {*ends} <= {"length", "stop"}:
+            assert copy.scores == scores
         for index in range(params.n):
             whole = answer(copy.message.token_ids, index, params.max_tokens)
             got = copy.token_ids[index]

@@ -453,7 +453,7 @@ def test_a_prefix_belongs_to_the_feature_of_parts():
 
 
 def test_more_output_tokens_than_the_model_has_room_for_are_not_looked_at(model_info, monkeypatch):
-    monkeypatch.setattr(validate, "_token_ids", lambda *_: pytest.fail("looked at"))
+    monkeypatch.setattr(validate, "token_ids", lambda *_: pytest.fail("looked at"))
     with pytest.raises(InvalidRequest) as caught:
         validate.fields(replace(PLAIN, output_token_ids=[1] * 4097), CONFIG, model_info)
     assert (caught.value.field, caught.value.value) == ("output_token_ids", "4097")

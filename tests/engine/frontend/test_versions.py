@@ -40,6 +40,9 @@ OF_A_FEATURE = {
     "Deltas",
     "Done",
     "Ping",
+    "Tokenized",
+    "Detokenized",
+    "TokenizerInfo",
 }  # messages that answer, or belong to, what version 2 cannot say
 # Fields that are set for a feature alone, and not sent while they have their default.
 FEATURE_FIELDS = {

@@ -25,6 +25,8 @@ async def asynchronous() -> str:
                 text += delta.text
             last: Delta | None = await generation.next(timeout_s=1.0)
             final: Final = generation.final
+            tokens: list[int] = await client.tokenize(messages=[{"role": "user", "content": "Hi"}])
+            text += await client.detokenize(tokens)
             answer = await client.ask(text="Hi", temperature=0.5, stop=["."])
         except CierzoError as error:
             ran: bool | None = error.may_have_run
@@ -35,7 +37,10 @@ async def asynchronous() -> str:
 def blocking() -> str:
     """Use of the client for scripts."""
     with SyncClient("unix:/run/cierzo", reconnect=Reconnect(max_attempts=3), default_deadline_s=30.0) as client:
-        return "".join(delta.text for delta in client.generate(token_ids=[1, 2], seed=7))
+        tokens: list[int] = client.tokenize(text="Hi", control_tokens=True)
+        pieces: list[bytes] = client.token_bytes(tokens)
+        said = client.detokenize(tokens) + client.tokenizer_info().eos_token + str(len(pieces))
+        return said + "".join(delta.text for delta in client.generate(token_ids=[1, 2], seed=7))
 
 
 def wrong(client: SyncClient) -> None:

@@ -330,6 +330,33 @@ def test_a_body_of_mistral_s_client(rules):
     assert (asked.tools, asked.sampling.seed, asked.reasoning_effort) == ([Tool(name="f")], 4, "high")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {  # of a load generator that measures token by token
+            "messages": [{"role": "user", "content": [text("Hi")]}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "max_completion_tokens": 9,
+            "stop": None,
+            "ignore_eos": True,
+        },
+        {  # of an evaluation harness, whose turns have a type
+            "messages": [{"role": "user", "content": "Hi", "type": "text"}],
+            "model": "small4",
+            "max_tokens": 9,
+            "temperature": 0,
+            "stop": ["\n\n"],
+            "seed": 1234,
+        },
+    ],
+)
+def test_bodies_of_tools_that_people_have(rules, body):
+    asked = read(rules, **body)
+    assert asked.passed_over == ()
+    assert generate_message(**asked.arguments).sampling.max_tokens == 9
+
+
 def test_tools(rules):
     tools = [{"type": "function", "function": FUNCTION | {"strict": False}}, {"function": {"name": "g"}}]
     assert message(rules, tools=tools).tools == [Tool(**FUNCTION), Tool(name="g")]

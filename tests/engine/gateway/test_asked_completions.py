@@ -95,6 +95,12 @@ def test_log_probabilities_and_echo(rules):
     assert asked.arguments["max_tokens"] == 1
     (asked,) = read(rules, echo=True)
     assert (asked.echo, asked.logprobs, asked.prompt_logprobs) == (True, None, None)
+    wrong = InvalidRequest("sampling.prompt_logprobs is 99", field="sampling.prompt_logprobs")
+    (asked,) = read(rules, echo=True, logprobs=99)
+    assert in_body(wrong, asked).message == "logprobs is 99"
+    (asked,) = read(rules, echo=True, logprobs=1, prompt_logprobs=99)
+    assert asked.prompt_logprobs == 99
+    assert in_body(wrong, asked).message == "prompt_logprobs is 99"
     (asked,) = read(rules, logprobs=5, prompt_logprobs=2)
     assert (asked.echo, asked.logprobs, asked.prompt_logprobs) == (False, 5, 2)
 

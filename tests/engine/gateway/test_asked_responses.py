@@ -141,9 +141,9 @@ def test_tools(rules):
 
 def test_the_harmless_is_passed_over(rules):
     body = {"store": False, "background": False, "truncation": "disabled", "text": {"format": {"type": "text"}}}
-    body |= {"stream": True, "stream_options": {"include_obfuscation": False}}
+    body |= {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": True}}
     asked = read(rules, **body, metadata={}, max_tool_calls=3)
-    assert set(asked.passed_over) == {"metadata", "max_tool_calls"}
+    assert set(asked.passed_over) == {"metadata", "max_tool_calls", "stream_options.include_usage"}
     assert asked.stream
 
 
@@ -192,7 +192,7 @@ def test_the_harmless_is_passed_over(rules):
         ({"tools": [TOOL | {"strict": True}]}, "tools[0].strict", "grammar or schema"),
         ({"tools": [{"name": "f"}]}, "tools[0].type", "missing"),
         ({"tool_choice": "required"}, "tool_choice", "allowed: auto, none"),
-        ({"stream_options": {"include_usage": True}}, "stream_options.include_usage", "unknown field"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats", "unknown"),
         ({"messages": []}, "messages", "unknown field messages"),
     ],
 )  # fmt: skip

@@ -240,13 +240,14 @@ def test_log_probabilities_are_those_of_the_texts_tokens() -> None:
     logprobs = [entry(char) for char in "<t>"]
     data += events.take([Delta(stream=1, token_ids=[1, 2, 3], logprobs=logprobs, parts=parts)])
     more = Delta(stream=1, token_ids=[4], text="ab", logprobs=[entry("b")], parts=[])
-    data += events.take([more, Delta(stream=1, token_ids=[5], logprobs=[entry("c")])])
-    heard = read(data + events.end(final(tokens=5)))
-    (delta,) = [event for event in heard if event["type"] == "response.output_text.delta"]
-    assert [each["token"] for each in delta["logprobs"]] == [">", "b"]
+    data += events.take([more, Delta(stream=1, token_ids=[5], text="c", logprobs=[entry("c")])])
+    data += events.take([Delta(stream=1, token_ids=[6], logprobs=[entry("d")])])
+    heard = read(data + events.end(final(tokens=6)))
+    deltas = [event["logprobs"] for event in heard if event["type"] == "response.output_text.delta"]
+    assert [[each["token"] for each in delta] for delta in deltas] == [[">", "b"], ["c"]]
     response = put_together(heard)
     content = response.output[1].content[0]
-    assert [each.token for each in content.logprobs] == [">", "b", "c"]
+    assert [each.token for each in content.logprobs] == [">", "b", "c", "d"]
     assert content.logprobs[0].bytes == [ord(">")]
     assert content.logprobs[0].logprob == content.logprobs[0].top_logprobs[0].logprob == -0.5
     assert content.logprobs[0].top_logprobs[1].logprob == -9999.0
