@@ -36,6 +36,7 @@ from cierzo.engine.frontend.tls import Tls
 from cierzo.engine.frontend.tls_layer import TlsLayer
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
+from cierzo.engine.log_lines import BY_STRANGERS
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
 
 log = logging.getLogger(__name__)
@@ -305,7 +306,7 @@ class Connection(asyncio.Protocol):
         try:
             self.access = self._server.door.access(self.visitor)
         except CierzoError:
-            log.warning("no key that is known came from %s: the connection is closed", self.peer)
+            log.warning("no key that is known came from %s: it is closed", self.peer, extra=BY_STRANGERS)
             raise
         frames, config = self._frames, self._server.config
         frames.tenant, frames.max_frame_bytes = self.access.tenant.name, config.max_frame_bytes
@@ -322,7 +323,7 @@ class Connection(asyncio.Protocol):
 
     def _turn_away(self, protocol: str, answer: bytes) -> None:
         """The peer speaks another protocol: say so in its own words, where it has some."""
-        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, self.peer)
+        log.warning("%s came to the RPC's port from %s: it is closed", protocol, self.peer, extra=BY_STRANGERS)
         self._ending = True
         self._close(answer)
 
