@@ -50,14 +50,14 @@ NO_ROOM = "max_idempotency_keys"
 
 class Patience(Retry, frozen=True):
     """Repeats without an end what is refused for now; but not for want of room for a key, which a request can do
-    without."""
+    without, nor where the server has failed."""
 
     def pause_s(self, num_tries: int, error: CierzoError) -> float:
         """Seconds to wait."""
-        return math.inf if error.field == NO_ROOM else super().pause_s(num_tries, error)
+        return math.inf if error.field == NO_ROOM or _is_of_core(error) else super().pause_s(num_tries, error)
 
 
-PATIENCE = Patience(max_attempts=2**31, ratio=1.0, burst=1e9, within_s=1e9)
+PATIENCE = Patience(max_attempts=2**31, ratio=1.0, burst=1e9, within_s=1e9, longest_pause_s=1.0)
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -155,6 +155,8 @@ class Asker:
                 found = error
             if isinstance(found, ConnectionLost | ProtocolError | Unauthorized):
                 await self._client.ping()  # once there is a connection again
+            if _is_of_core(found) and found.may_have_run is False:
+                raise found
             num_failures += _is_failure(found)
             if num_failures >= MOST_FAILURES or not _is_passing(found):
                 return Response(found.http_status, request_id, msgspec.Raw(encoded(found)))
@@ -194,9 +196,14 @@ async def _nobody_leaves() -> NoReturn:
     raise AssertionError
 
 
+def _is_of_core(error: CierzoError) -> bool:
+    """Whether an error says that the core has failed, and not that it is waited for."""
+    return isinstance(error, CoreFailed) and not isinstance(error, CoreStalled)
+
+
 def _is_failure(error: CierzoError) -> bool:
     """Whether an error may be the request's own doing, such as the end of whatever server takes it."""
-    return isinstance(error, ConnectionLost | Failed | CoreFailed) and not isinstance(error, CoreStalled)
+    return isinstance(error, ConnectionLost | Failed) or _is_of_core(error)
 
 
 def _is_passing(error: CierzoError) -> bool:
