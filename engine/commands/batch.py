@@ -21,8 +21,11 @@ from cierzo.engine.gateway.sse import together
 from cierzo.engine.options import Access, access, add_options, chosen
 
 ENVELOPE_BYTES = 64 * 1024  # of a line, around its body
-OF_HTTP = ("served_model_name", "reasoning_format", "lenient", "max_body_bytes", "max_body_depth", "max_prompts")
-OTHERS = {*HttpConfig.__struct_fields__}.difference(OF_HTTP, ("max_whole_bytes", "max_joined_bytes"))
+OF_HTTP = (
+    *("served_model_name", "reasoning_format", "lenient"),
+    *("max_body_bytes", "max_body_depth", "max_prompts", "max_whole_bytes", "max_joined_bytes"),
+)
+OTHERS = {*HttpConfig.__struct_fields__}.difference(OF_HTTP)
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 class Batch:
     """A run over the files."""
 
-    def __init__(self, files: Files, bar: tqdm[None]) -> None:
+    def __init__(self, files: Files, bar: tqdm) -> None:
         self._files = files
         self._bar = bar
 

@@ -20,6 +20,7 @@ from cierzo.engine.errors import (
     CoreFailed,
     CoreStalled,
     InvalidRequest,
+    KeyReused,
     NotFound,
     ProtocolError,
     Unauthorized,
@@ -210,5 +211,5 @@ def _is_passing(error: CierzoError) -> bool:
     """Whether the same request may be answered another time."""
     if isinstance(error, Unfinished):
         return not isinstance(error, Late)
-    forgotten = isinstance(error, NotFound) and error.field == "idempotency_key"
-    return forgotten or isinstance(error, Unauthorized) or (error.retry and is_worth_repeating(error))
+    is_of_key = isinstance(error, NotFound | KeyReused) and error.field == "idempotency_key"
+    return is_of_key or isinstance(error, Unauthorized) or (error.retry and is_worth_repeating(error))

@@ -17,10 +17,11 @@ from http_house import HttpHouse
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
+from tqdm import tqdm
 
 from cierzo.cli import main
 from cierzo.engine.commands import batch
-from cierzo.engine.errors import Draining, Overloaded
+from cierzo.engine.errors import Draining, KeyReused, NotFound, Overloaded
 from cierzo.engine.gateway.batch_files import Files
 from cierzo.engine.messages import Generate
 from cierzo.engine.testing.fake_core import FakeCore
@@ -140,7 +141,7 @@ def _without_names(body):
     return [*map(_without_names, body)] if isinstance(body, list) else body
 
 
-def test_lines_that_are_no_requests_are_named_and_end_nothing(files, capsys):
+def test_lines_that_are_no_requests_are_named_and_end_nothing(files, capsys, monkeypatch):
     files.write(
         _line("one"),
         b"{nonsense",
@@ -160,12 +161,21 @@ def test_lines_that_are_no_requests_are_named_and_end_nothing(files, capsys):
         b'{"custom_id": "twice", "method": "POST", "url": "/v1/responses", "body": {"input": "a", "input": "b"}}',
         _line("last"),
     )
+    bars = []
+
+    class Bar(tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(batch, "tqdm", lambda **options: Bar(**options | {"disable": False}))
     with HttpHouse(_echo) as server:
         assert files(server, "--max-body-bytes", "1024") == 1
         assert len(server.requests) == 2
         told = files.told
         assert files(server, "--max-body-bytes", "1024") == 1
         assert (len(server.requests), files.told) == (2, told)
+    assert {*bars} == {(16, 16)}
     assert {name: _text(body) for name, body in files.good.items()} == {"one": "one", "last": "last"}
     bad = files.bad
     assert {place: bad[place][0] for place in bad if isinstance(place, int)} == {
@@ -250,6 +260,53 @@ def test_a_server_without_room_for_keys_is_asked_without(files):
         keys = [request.idempotency_key for request in server.requests]
         assert len(files.good) == 20
         assert keys.count(None) == 17
+
+
+def test_a_server_that_still_loads_is_waited_for(files):
+    files.write(_line("one"), _line("two"))
+    with HttpHouse(_echo, health="loading") as server:
+        thread = threading.Timer(0.3, setattr, (server, "health", "ready"))
+        thread.start()
+        assert files(server) == 0
+        thread.join()
+    assert len(files.good) == 2
+
+
+def test_a_key_that_stands_for_something_else_is_not_used_again(files):
+    files.write(_line("one"))
+    with HttpHouse(_echo) as server:
+        server.refuse(KeyReused("another request", field="idempotency_key"))
+        server.refuse(NotFound("its answer is kept no longer", field="idempotency_key"))
+        assert files(server) == 0
+        assert [request.idempotency_key[-4:] for request in server.requests] == ["-0-0", "-1-0", "-2-0"]
+
+
+def test_a_deadline_of_a_line_is_kept(files):
+    files.write(_line("long " * 9, deadline_s=0.1), _line("short", deadline_s=20))
+    with HttpHouse(_echo, token_s=0.03) as server:
+        assert files(server) == 1
+        assert len(server.requests) == 2
+    assert {name: error[0] for name, error in files.bad.items()} == {"long " * 9: 504}
+
+
+def test_a_key_that_is_taken_back_ends_the_run(files, tmp_path, capsys):
+    files.write(*(_line(str(number)) for number in range(20)))
+    keys, key = tmp_path / "keys", tmp_path / "key"
+    assert main(["make-key", "mine", "--keys", str(keys)]) == 0
+    key.write_text(capsys.readouterr().out)
+    assert main(["make-key", "other", "--keys", str(tmp_path / "others")]) == 0
+
+    def answer(message):
+        if len(server.requests) == 5:
+            (tmp_path / "others").replace(keys)
+            server._running.server.reload()
+        return _echo(message)
+
+    with HttpHouse(answer, keys=str(keys)) as server:
+        assert files(server, "--key-file", str(key), "--concurrency", "2") == 1
+    assert "cierzo: unauthorized: " in capsys.readouterr().err
+    assert 3 <= len(files.good) <= 5
+    assert not files.bad
 
 
 @pytest.mark.parametrize("after_deltas", [0, 2])
