@@ -58,7 +58,9 @@ class Patience(Retry, frozen=True):
         return math.inf if error.field == NO_ROOM or _is_of_core(error) else super().pause_s(num_tries, error)
 
 
-PATIENCE = Patience(max_attempts=2**31, ratio=1.0, burst=1e9, within_s=1e9, longest_pause_s=1.0)
+LONGEST_PAUSE_S = 1.0  # on top of what the server asks for
+PATIENCE = Patience(max_attempts=2**31, ratio=1.0, burst=1e9, within_s=1e9, longest_pause_s=LONGEST_PAUSE_S)
+PAUSES = Retry(longest_pause_s=LONGEST_PAUSE_S)  # before an answer that was lost is asked for anew
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,7 +102,7 @@ def read_line(data: bytes) -> Line:
 
 
 class _House(House):
-    """What all lines share. Raises InvalidRequest for one that asks for a stream."""
+    """Things that all lines share. Raises InvalidRequest for one that asks for a stream."""
 
     async def requests(self, call: Call, endpoint: Endpoint) -> list[Request]:
         found = await super().requests(call, endpoint)
@@ -167,7 +169,7 @@ class Asker:
             number += not isinstance(found, ConnectionLost) and found.may_have_run is not False
             number += found.field == "idempotency_key"
             num_tries += 1
-            await asyncio.sleep(PATIENCE.pause_s(num_tries, found))
+            await asyncio.sleep(PAUSES.pause_s(num_tries, found))
 
     def _digest(self, line: Line) -> str:
         """A name for what a line asks for."""

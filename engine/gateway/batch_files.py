@@ -62,8 +62,8 @@ class Work(NamedTuple):
 
 
 class Files:
-    """Both files, in a `with` block. Raises ConfigError for files that cannot be those of a batch, and for answers
-    that another run writes. They are open as "rb" and, without a buffer, "ab+"; whoever opened them closes them.
+    """The two files, in a `with` block. Raises ConfigError for files that cannot be those of a batch, and for those
+    of another run. They are open as "rb" and, without a buffer, as "ab+"; whoever opened them closes them.
 
     salt: what tells the requests of this file of answers from those of others. num_standing, num_errors: answers
     that stand in it already, and those of them that are errors.
