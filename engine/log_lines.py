@@ -9,8 +9,9 @@ import contextlib
 import logging
 import queue
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from types import TracebackType
@@ -20,6 +21,8 @@ import msgspec
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MAX_LINES = 10_000  # that wait to be written
 CLOSE_S = 2.0  # for what is left of them at the end
+LINES_BY_STRANGERS = 10  # in a second, of each place in the code: who may not come in must not fill the disk
+BY_STRANGERS = {"is_by_strangers": True}
 ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
 
 
@@ -59,6 +62,29 @@ class JsonLines(TextLines):
 FORMATTERS = {"text": TextLines, "json": JsonLines}
 
 
+class Sparing(logging.Filter):
+    """Filter of lines that strangers can cause, which are marked by `extra=BY_STRANGERS`: of each place in the code
+    it lets a few pass in a second. The next one tells how many there were besides."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._since: dict[tuple[str, int], tuple[float, int]] = {}  # by place: begin of its second, and lines
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether the line is written."""
+        if not getattr(record, "is_by_strangers", False):
+            return True
+        place, now = (record.pathname, record.lineno), self._clock()
+        since_s, count = self._since.get(place, (now, 0))
+        if now - since_s >= 1.0:
+            if count > LINES_BY_STRANGERS:
+                record.msg = f"{record.msg} (and {count - LINES_BY_STRANGERS} others before)"
+            since_s, count = now, 0
+        self._since[place] = since_s, count + 1
+        return count < LINES_BY_STRANGERS
+
+
 class LineQueue(QueueHandler):
     """Handler that never waits: lines that nobody takes in time are lost, and counted."""
 
@@ -67,6 +93,7 @@ class LineQueue(QueueHandler):
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__(queue.Queue(MAX_LINES))
         self.setFormatter(formatter)
+        self.addFilter(Sparing())
         self._num_lost = 0
 
     def lost(self) -> int:

@@ -216,8 +216,11 @@ class Client:
         raise CoreFailed(f"the server takes no requests: its state is {', '.join(states)}")
 
     async def _states(self) -> list[str]:
-        """The state of each server."""
+        """The state of each server. Raises why none takes this client, where it is no matter of time."""
         endpoints = self._session.endpoints
+        refused = [each.error for each in endpoints if not each.links and each.error and not each.error.retry]
+        if len(refused) == len(endpoints):
+            raise refused[0].with_traceback(None)
         if len(endpoints) == 1:
             return [(await self.health()).state]
         return await asyncio.gather(*map(self._state, endpoints))

@@ -1,13 +1,14 @@
 """The front end's side of the encoder processes: starts them, gives them jobs, and replaces those that die or hang.
 
-A long prompt keeps its process for seconds. So the shortest job goes first, and one process takes short jobs only;
-a job gains on shorter ones as it waits, so that none waits for ever.
+A long prompt keeps its process for seconds. So tenants take turns, the shortest job of each goes first, and one
+process takes short jobs only; a job gains on shorter ones as it waits, so that none waits for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Setup, packed
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
+from cierzo.engine.frontend.job_queue import JobQueue
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.frontend.watch import process_state
@@ -90,7 +92,8 @@ class EncoderHangs(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
-    """A job on its way. `rank`: the lowest goes first. `frames`: the pieces of each; empty once it is over."""
+    """A job on its way. `rank`: the lowest of a tenant's goes first. `frames`: the pieces of each; empty once it is
+    over."""
 
     frames: list[list[Buffer]]
     num_bytes: int
@@ -188,7 +191,7 @@ class Encoders:
         self._spawn = spawn
         self._clock = clock
         self._seats = [_Seat(takes_long=True) for _ in range(config.encoders)] + [_Seat(takes_long=False)]
-        self._waiting: dict[_Ticket, None] = {}
+        self._waiting = JobQueue[_Ticket]()
         self._bytes_per_s = FIRST_BYTES_PER_S
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -235,7 +238,7 @@ class Encoders:
     # --- jobs ------------------------------------------------------------------------------------------
 
     def _wait(self, ticket: _Ticket) -> None:
-        self._waiting[ticket] = None
+        self._waiting.add(ticket)
         for seat in self._seats:
             seat.news.set()
 
@@ -246,7 +249,7 @@ class Encoders:
 
     def _over(self, ticket: _Ticket) -> None:
         """A job is no longer here, whatever the way: its bytes go. May be called twice."""
-        self._waiting.pop(ticket, None)
+        self._waiting.discard(ticket)
         if ticket.timer is not None:
             ticket.timer.cancel()
             ticket.timer = None
@@ -260,11 +263,7 @@ class Encoders:
 
     def _next(self, seat: _Seat) -> _Ticket | None:
         """Take the job that is due next from the queue."""
-        fitting = (each for each in self._waiting if seat.takes_long or each.num_bytes <= SHORT_BYTES)
-        ticket = min(fitting, key=lambda each: each.rank, default=None)
-        if ticket is not None:
-            del self._waiting[ticket]
-        return ticket
+        return self._waiting.take(math.inf if seat.takes_long else SHORT_BYTES)
 
     # --- processes -------------------------------------------------------------------------------------
 

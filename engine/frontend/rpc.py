@@ -11,8 +11,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 import msgspec
 
@@ -36,12 +36,21 @@ from cierzo.engine.frontend.tls import Tls
 from cierzo.engine.frontend.tls_layer import TlsLayer
 from cierzo.engine.frontend.turns import Turns
 from cierzo.engine.frontend.versions import as_version_2
+from cierzo.engine.log_lines import BY_STRANGERS
 from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, Limits, Message, Ping, Welcome
 
 log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
+
+
+class Visiting(Protocol):
+    """Whoever came in by a key."""
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end what is nobody's now, or another one's."""
+        ...
 
 
 class Connection(asyncio.Protocol):
@@ -305,7 +314,7 @@ class Connection(asyncio.Protocol):
         try:
             self.access = self._server.door.access(self.visitor)
         except CierzoError:
-            log.warning("no key that is known came from %s: the connection is closed", self.peer)
+            log.warning("no key that is known came from %s: it is closed", self.peer, extra=BY_STRANGERS)
             raise
         frames, config = self._frames, self._server.config
         frames.tenant, frames.max_frame_bytes = self.access.tenant.name, config.max_frame_bytes
@@ -322,7 +331,7 @@ class Connection(asyncio.Protocol):
 
     def _turn_away(self, protocol: str, answer: bytes) -> None:
         """The peer speaks another protocol: say so in its own words, where it has some."""
-        log.warning("%s came to the RPC's port from %s: the connection is closed", protocol, self.peer)
+        log.warning("%s came to the RPC's port from %s: it is closed", protocol, self.peer, extra=BY_STRANGERS)
         self._ending = True
         self._close(answer)
 
@@ -378,6 +387,7 @@ class RpcServer:
         self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
         self.address = config.address
         self._connections: set[Connection] = set()
+        self.others: Callable[[], Iterable[Visiting]] = tuple  # who came in by the same door, another way
         self._num_refused = 0  # of these, those past `max_connections`
         self._server: asyncio.Server | None = None
         self.tls: Tls | None = None
@@ -410,7 +420,7 @@ class RpcServer:
             self.tls.reload()
         if self.door.reload():
             self._arrange()
-            for connection in list(self._connections):
+            for connection in [*self._connections, *self.others()]:
                 connection.look_again(self.door)
 
     async def close(self) -> None:

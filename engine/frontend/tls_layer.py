@@ -20,6 +20,7 @@ from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer, pack
 from cierzo.engine.frontend.listening import LINGER_S, peer_of
 from cierzo.engine.frontend.tls import subject_of
+from cierzo.engine.log_lines import BY_STRANGERS
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
             error = failed
         self._num_own += self._outgoing.pending
         if self._num_own > MAX_OWN_BYTES and self.get_write_buffer_size() > self._config.high_water_bytes:
-            log.warning("%s asks for new keys of TLS and does not read them: the connection is closed", self._peer)
+            log.warning("%s asks for new TLS keys and reads none: it is closed", self._peer, extra=BY_STRANGERS)
             self.abort()
             return
         self._send()  # what TLS itself has to say
@@ -251,12 +252,12 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
 
     def _fail(self, why: str) -> None:
         """The handshake has failed: the peer hears so, and has a little time to read it."""
-        log.warning("no TLS with %s: %s", self._peer, why)
+        log.warning("no TLS with %s: %s", self._peer, why, extra=BY_STRANGERS)
         self._give_up()
 
     def _turn_away(self, data: bytes) -> None:
         """The peer speaks no TLS: it is told in its own words, if it is a client of ours or of HTTP."""
-        log.warning("%s came to a TLS port without TLS: the connection is closed", self._peer)
+        log.warning("%s came to a TLS port without TLS: it is closed", self._peer, extra=BY_STRANGERS)
         if self._raw is not None:
             self._raw.write(_IN_OURS if data.startswith(b"\0\0") else _IN_HTTP)
         self._give_up()

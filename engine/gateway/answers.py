@@ -335,8 +335,9 @@ class Legacy:
 
     def encoded(self, before: Legacy | None = None) -> bytes:
         """The object, with the positions of `before` in front."""
+        earlier = {} if before is None else before._lists
         lists = [
-            b"%b:[%b]" % (_encode(name), ((before._lists[name] if before else b"") + entries)[:-1])
+            b"%b:[%b]" % (_encode(name), bytes(earlier.get(name, b"") + entries)[:-1])
             for name, entries in self._lists.items()
         ]
         return b"{%b}" % b",".join(lists)

@@ -25,13 +25,13 @@ WRITE_BYTES = 16 * 1024  # of events, written at a time
 
 class Run(NamedTuple):
     """An answer under way, and how its events are told. in_body: the error as it is told to who wrote the body.
-    count: counts the tokens of the prompt, if they are to be told as it goes; an engine elsewhere does not say.
+    counting: counts the tokens of the prompt, if they are to be told as it goes; an engine elsewhere does not say.
     words: of its log-probabilities, if it has any."""
 
     generation: Generation
     events: Events
     in_body: Callable[[CierzoError], CierzoError]
-    count: Callable[[], Awaitable[int]] | None = None
+    counting: Callable[[], Awaitable[int]] | None = None
     words: TokenWords | None = None
 
 
@@ -78,7 +78,7 @@ async def _accepted(run: Run) -> int:
     refusal."""
     try:
         accepted = await run.generation.accepted()
-        return accepted.prompt_tokens or (0 if run.count is None else await run.count())
+        return accepted.prompt_tokens or (0 if run.counting is None else await run.counting())
     except CierzoError as error:
         raise run.in_body(error) from error
 

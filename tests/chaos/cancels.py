@@ -15,6 +15,7 @@ from .talk import Body, Talk
 
 CONNECTIONS, STREAMS = 4, 16  # streams of a connection
 IDLE_S = 10.0
+KEPT_S = 1.0  # for which an answer that has ended is kept: of a minute, tens of thousands would count as a leak
 MORE_KB = 32 * 1024  # that memory may have grown by, whatever the number
 
 
@@ -73,7 +74,7 @@ def run(count: int = 100_000, seed: int = 0) -> bool:
     """The whole of it; whether all was well."""
     reasons: Counter[str] = Counter()
     rng, report = random.Random(seed), Report("cancels")
-    with serving(runner="fake", max_cancels_per_s=1_000_000) as server:
+    with serving(runner="fake", max_cancels_per_s=1_000_000, orphan_s=KEPT_S) as server:
         core = server.core
         assert core is not None
         asyncio.run(_cancel_many(server.address, min(2000, count), rng, Counter()))  # what is made once is made

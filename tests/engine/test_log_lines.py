@@ -15,7 +15,17 @@ import msgspec
 import pytest
 
 from cierzo.engine import log_lines
-from cierzo.engine.log_lines import MAX_LINES, JsonLines, LineQueue, TextLines, plain_lines, queued_lines
+from cierzo.engine.log_lines import (
+    BY_STRANGERS,
+    LINES_BY_STRANGERS,
+    MAX_LINES,
+    JsonLines,
+    LineQueue,
+    Sparing,
+    TextLines,
+    plain_lines,
+    queued_lines,
+)
 
 log = logging.getLogger("tests.log_lines")
 
@@ -51,6 +61,34 @@ def test_a_line_is_an_object():
         "tenant": "a",
         "peer": None,
     }
+
+
+def test_strangers_fill_no_disk():
+    now = 100.0
+    lines = Sparing(lambda: now)
+    stranger = record("%s came", "x", **BY_STRANGERS)
+    assert [lines.filter(stranger) for _ in range(LINES_BY_STRANGERS + 7)] == [True] * LINES_BY_STRANGERS + [
+        False
+    ] * 7
+    elsewhere = record("%s came", "x", **BY_STRANGERS)
+    elsewhere.lineno = 2
+    assert lines.filter(elsewhere)
+    assert all(lines.filter(record("our own")) for _ in range(2 * LINES_BY_STRANGERS))
+    now += 1.0
+    later = record("%s came", "x", **BY_STRANGERS)
+    assert lines.filter(later)
+    assert later.getMessage() == "x came (and 7 others before)"
+    now += 1.0
+    quiet = record("%s came", "x", **BY_STRANGERS)
+    assert lines.filter(quiet)
+    assert quiet.getMessage() == "x came"
+
+
+def test_lines_of_strangers_are_spared_where_a_server_logs(root, capfd):
+    with queued_lines("text"):
+        for _ in range(3 * LINES_BY_STRANGERS):
+            log.warning("a stranger", extra=BY_STRANGERS)
+    assert LINES_BY_STRANGERS <= capfd.readouterr().err.count("a stranger") <= 2 * LINES_BY_STRANGERS
 
 
 def test_a_name_that_is_no_text_is_spelled():

@@ -23,8 +23,10 @@ from cierzo.bench.load import LoadSettings, run_load
 from cierzo.bench.peers.engine import find_checkpoint
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.bench.peers.process import HOST, free_port
+from cierzo.engine.frontend.client import Client
 
 CLIENTS, SHORT_TOKENS, LONG_TOKENS = 64, 16, 256
+ALONE = 200  # requests one after the other, for the time to a first token
 LONG_SHARE = 10  # as many times fewer long answers
 
 
@@ -56,6 +58,30 @@ async def http_loop(port: int, body: bytes, ends: bytes, count: int) -> tuple[fl
     return time.perf_counter() - began, firsts
 
 
+async def first_tokens(rpc: str, port: int, body: bytes, prompt: list[int]) -> tuple[float, float]:
+    """Seconds to a first token on an idle server, over the RPC and over HTTP: medians, in turns."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    seen: tuple[list[float], list[float]] = ([], [])
+    reader, writer = await asyncio.open_connection(HOST, port)
+    async with await Client.connect(rpc) as client:
+        for _ in range(ALONE):
+            began = time.perf_counter()
+            async for _ in client.generate(token_ids=prompt, max_tokens=2, ignore_eos=True):
+                seen[0].append(time.perf_counter() - began)
+                break
+            began = time.perf_counter()
+            writer.write(request)
+            heard = b""
+            while b'"text"' not in heard:
+                heard += await reader.read(1 << 16)
+            seen[1].append(time.perf_counter() - began)
+            while not heard.endswith(b"0\r\n\r\n"):
+                heard += await reader.read(1 << 16)
+    writer.close()
+    return statistics.median(seen[0]), statistics.median(seen[1])
+
+
 async def one_turn(rpc: str, port: int, requests: int) -> dict[str, float]:
     """Figures of one turn of each."""
     prompt = {"prompt": [1, 2, 3, 4, 5, 6, 7, 8], "ignore_eos": True, "temperature": 0}
@@ -67,7 +93,11 @@ async def one_turn(rpc: str, port: int, requests: int) -> dict[str, float]:
     short_s, _ = await http_loop(port, short, b"}}", requests)
     long_by_rpc = await run_load(msgspec.structs.replace(settings, requests=few, output_tokens=LONG_TOKENS))
     long_s, _ = await http_loop(port, long, b"0\r\n\r\n", few)
+    alone = json.dumps(prompt | {"max_tokens": 2, "stream": True}).encode()
+    rpc_s, http_s = await first_tokens(rpc, port, alone, prompt["prompt"])
     return {
+        "ms to a token, RPC": 1000 * rpc_s,
+        "ms to a token, HTTP": 1000 * http_s,
         "RPC requests/s": by_rpc.requests_per_s,
         "HTTP requests/s": requests / short_s,
         "ratio of requests": requests / short_s / by_rpc.requests_per_s,

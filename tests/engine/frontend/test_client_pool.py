@@ -338,6 +338,28 @@ def test_ready_is_who_has_one_ready_server(run):
     run(body())
 
 
+def test_nobody_waits_for_servers_that_all_refuse_the_key(run):
+    """They let this client in once: keys are taken back while they run."""
+
+    async def body():
+        one, two = Server(), Server()
+        async with (
+            scripted(one) as first,
+            scripted(two) as second,
+            await Client.connect([first, second], key="k") as client,
+        ):
+            await client.wait_ready(timeout_s=5.0)
+            for endpoint in client._session.endpoints:
+                for link in endpoint.links:
+                    link.close(Unauthorized("this server wants a key that it knows"))
+            while any(endpoint.links for endpoint in client._session.endpoints):
+                await asyncio.sleep(0)
+            with pytest.raises(Unauthorized):
+                await client.wait_ready(timeout_s=60.0)
+
+    run(body())
+
+
 def test_a_deadline_holds_while_there_is_no_connection(run):
     async def script(peer, number):
         if number == 0:

@@ -197,7 +197,7 @@ def test_who_asks_for_new_keys_and_does_not_read_is_ended(run, serving, issue, t
             await until(lambda: not house.server._connections)
 
     run(body())
-    assert "asks for new keys of TLS" in caplog.text
+    assert "asks for new TLS keys" in caplog.text
 
 
 # --- ends ----------------------------------------------------------------------------------------------------

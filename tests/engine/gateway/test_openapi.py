@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import httpx2
 import jsonschema
+import msgspec
 import pytest
 from http_house import CHAT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.openapi import ERROR, NEEDED, TABLES
 
 PATHS = (
@@ -85,3 +88,12 @@ def test_no_body_makes_the_server_fail(told, client, data, path):
     assert answer.status_code < 500, answer.text
     if answer.status_code != 200:
         jsonschema.validate(json.loads(answer.text), ERROR)
+
+
+def test_the_documentation_names_every_endpoint_and_every_bound():
+    text = Path("docs/http.md").read_text(encoding="utf-8")
+    for path in PATHS:
+        assert path.replace("{name}", "NAME") in text, path
+    for field in msgspec.structs.fields(HttpConfig):
+        flag = field.name.replace("_", "-")
+        assert f"`{field.name}`" in text or f"--{flag}" in text, field.name

@@ -143,14 +143,17 @@ def test_a_reader_that_does_not_read_is_bounded_and_hinders_nobody(opening):
 
 
 def test_a_reader_that_is_slow_gets_everything(opening):
-    house = opening("y" * 30_000, max_model_len=400_000, slow_reader_s=0.5, high_water_bytes=4096)
+    """It takes longer than a reader may take nothing."""
+    house = opening("y" * 30_000, max_model_len=400_000, slow_reader_s=2.0, high_water_bytes=4096)
     sock = _asked(house, CHAT | {"stream": True, "max_tokens": 30_000})
     with contextlib.closing(sock):
         heard = bytearray()
-        while not heard.endswith(b"0\r\n\r\n"):
-            heard += sock.recv(4096 if len(heard) < 400_000 else 65536)
-            if len(heard) < 400_000:
-                time.sleep(0.002)
+        while more := sock.recv(4096 if len(heard) < 1_200_000 else 65536):
+            heard += more
+            if heard.endswith(b"0\r\n\r\n"):
+                break
+            if len(heard) < 1_200_000:
+                time.sleep(0.01)
     assert heard.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     data = b"".join(line for line in heard.split(b"\r\n") if line.startswith(b"data"))
     texts = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events_of(data.decode())[:-1]]
