@@ -124,7 +124,7 @@ def test_an_answer_that_fails_in_the_middle(either):
         house.health = "failed"
         for stream in streams:
             with pytest.raises(openai.APIError) as failed:
-                [*stream]
+                list(stream)
             assert failed.value.code == "core_failed"
         last = [*responses][-1]
     assert (last.type, last.response.status) == ("response.failed", "failed")

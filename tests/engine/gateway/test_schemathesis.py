@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# That what the document allows is taken is not asked for: some rules are between fields ("stream_options: with stream
-# true alone") or are the model's ("a role follows another"), and a schema does not say them.
+# That what the document allows is taken is not asked for: some rules are between fields ("stream_options: with
+# stream true alone") or are the model's ("a role follows another"), and a schema does not say them.
 OPTIONS = (
     *("--checks=all", "--exclude-checks=positive_data_acceptance", "--max-examples=10", "--workers=1"),
     *("--seed=1", "--generation-database=none", "--no-color", "--output-sanitize=false"),
