@@ -17,8 +17,8 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz compat bench-step bench-rpc bench-http peers headline \
-  headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz clients compat bench-step bench-rpc \
+  bench-http peers headline headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -109,6 +109,16 @@ $(FUZZ_PACKAGES)/atheris: | $(KERNELS)
 
 fuzz: $(FUZZ_PACKAGES)/atheris ## feed 10^7 broken frames and 10^5 broken connections to the server (by hand: half an hour)
 	PYTHONPATH=tests:$(FUZZ_PACKAGES) $(BIN)/python -m fuzz $(FUZZ)
+
+# Whatever is fetched is fetched for these programs alone: nothing of it goes into .venv. CLIENTS="aiperf", or any other.
+build/clients/%/.installed: tests/clients/%.txt tests/clients/without-torch.txt | $(KERNELS)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/clients/without-torch.txt \
+	  --requirement $<
+	@touch $@
+
+clients: build/clients/lm-eval/.installed build/clients/aiperf/.installed ## have lm-eval and aiperf use the HTTP door (by hand: minutes, 2 GB)
+	$(TOOL) clients $(CLIENTS)
 
 compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
 	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)

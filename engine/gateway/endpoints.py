@@ -99,9 +99,11 @@ async def _prompt(house: House, call: Call, request: Request) -> Prompt:
     text = request.prompt_text if token_ids is None else await backend.detokenize(token_ids)
     if asked.prompt_logprobs is None:
         return Prompt(text)
-    first, *_ = await backend.tokenize(text=text) if token_ids is None else token_ids
-    await house.words(asked.as_token_ids).learn(backend, [first])
-    return Prompt(text, first)
+    tokens = await backend.tokenize(text=text) if token_ids is None else token_ids
+    if not tokens:
+        return Prompt(text)  # the engine refuses it
+    await house.words(asked.as_token_ids).learn(backend, tokens[:1])
+    return Prompt(text, tokens[0])
 
 
 def _runs(
