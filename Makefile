@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz compat bench-step bench-rpc peers headline \
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz compat bench-step bench-rpc bench-http peers headline \
   headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
 
 help: ## list the targets
@@ -122,6 +122,9 @@ bench-step: $(KERNELS) ## time the step loop apart from the model
 
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model; AGAINST=COMMIT: in turns with that one
 	$(BIN)/python -m cierzo.bench.rpc $(if $(AGAINST),--against $(AGAINST)) $(RPC)
+
+bench-http: $(KERNELS) ## requests, tokens and first tokens over HTTP, in turns with the RPC of the same server, with a fake model
+	$(BIN)/python tests/support/http_load.py $(HTTP)
 
 # Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
 peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)

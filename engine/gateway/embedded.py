@@ -24,6 +24,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.generation import Generation, Inbox
 from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.frontend.outlet import DELTA_HEAP
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.frontend.tenants import Access, Right, Visitor
 from cierzo.engine.frontend.words import WAIT_S
@@ -76,7 +77,7 @@ class Embedded:
         self.frontend: Frontend = server.frontend
         self.methods: Methods = server.methods
         self.prompts = prompts
-        self.credit_part = max(1, server.config.stream_credit_bytes // CREDIT_PARTS)
+        self.credit_part = max(1, server.config.stream_credit_bytes // DELTA_HEAP // CREDIT_PARTS)
         self.metrics = metrics
         self.desks: set[Desk] = set()  # with something open
         self._door: Door = server.door

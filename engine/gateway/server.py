@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
+MAX_PIPELINED = 16  # requests of a connection that wait for the one before
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
@@ -86,8 +87,10 @@ class Connection(HttpToolsProtocol):
             super().data_received(data)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """A request begins. A few may come before they are answered: each takes memory."""
         self._head_bytes = 0
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.abort()
         self._owner.arriving.add(self)
         super().on_message_begin()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -26,6 +27,11 @@ from cierzo.bench.peers.process import HOST, free_port
 from cierzo.engine.frontend.client import Client
 
 CLIENTS, SHORT_TOKENS, LONG_TOKENS = 64, 16, 256
+LIMITS = {
+    "ratio of requests": (0.2, math.inf),
+    "ratio of tokens": (0.3, math.inf),
+    "added ms to a token": (-math.inf, 2.0),
+}
 ALONE = 200  # requests one after the other, for the time to a first token
 LONG_SHARE = 10  # as many times fewer long answers
 
@@ -98,6 +104,7 @@ async def one_turn(rpc: str, port: int, requests: int) -> dict[str, float]:
     return {
         "ms to a token, RPC": 1000 * rpc_s,
         "ms to a token, HTTP": 1000 * http_s,
+        "added ms to a token": 1000 * (http_s - rpc_s),
         "RPC requests/s": by_rpc.requests_per_s,
         "HTTP requests/s": requests / short_s,
         "ratio of requests": requests / short_s / by_rpc.requests_per_s,
@@ -107,8 +114,8 @@ async def one_turn(rpc: str, port: int, requests: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Serve, load, print."""
+def main() -> int:
+    """Serve, load, print; 1 if a figure is beyond its limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=4000)
@@ -120,10 +127,16 @@ def main() -> None:
         with CierzoServer(checkpoint, options, Path(folder) / "log") as server:
             asked = (server._address, port, arguments.requests)
             turns = [uvloop.run(one_turn(*asked)) for _ in range(arguments.pairs)]
+    is_good = True
     for name in turns[0]:
         seen = [turn[name] for turn in turns]
-        print(f"{name:20} {statistics.median(seen):12,.2f}   {' '.join(f'{value:,.2f}' for value in seen)}")
+        least, most = LIMITS.get(name, (0.0, math.inf))
+        holds = least <= statistics.median(seen) <= most
+        told = f"{'holds' if holds else 'MISSED'}: {least:g} to {most:g}" if name in LIMITS else ""
+        print(f"{name:20} {statistics.median(seen):12,.2f}   {' '.join(f'{one:,.2f}' for one in seen)}   {told}")
+        is_good = is_good and holds
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,6 +14,7 @@ import pytest
 from http_house import CHAT, MESSAGES, events_of
 
 from cierzo.engine.errors import CoreFailed
+from cierzo.engine.frontend.encoders import Late
 from cierzo.testing import ManualClock
 
 CHATS = "/v1/chat/completions"
@@ -206,3 +207,24 @@ def test_a_drain_waits_for_answers(opening):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert b"[DONE]" in _heard(sock, b"0\r\n\r\n")
     house._ask(house.frontend.drained)
+
+
+class HeldEncoder:
+    """An encoder that has no time: a long prompt waits in it for ever."""
+
+    def __init__(self, encoder):
+        self.budget = encoder.budget
+
+    def submit(self, job, body, attached, deadline_at_s, tenant=""):
+        answer = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.1, answer.set_exception, Late())
+        return answer
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deadline_that_passes_while_the_prompt_is_encoded(opening, stream):
+    house = opening("x")
+    house.frontend._arrivals._encoders = HeldEncoder(house.frontend._arrivals._encoders)
+    long = [{"role": "user", "content": "y" * 3000}]
+    answer = house.post(CHATS, CHAT | {"messages": long, "stream": stream, "deadline_s": 0.1})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
