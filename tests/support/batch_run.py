@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
 from cierzo.cli import main
 from cierzo.engine.messages import Generate
+
+LIMIT_S = 20.0
 
 
 def a_line(name, url="/v1/chat/completions", method="POST", **body):
@@ -34,7 +38,13 @@ class Run:
         return ["batch", str(self.requests), str(self.answers), "--rpc", server.address, *options]
 
     def __call__(self, server, *options):
-        return main(self.words(server, *options))
+        """The exit status; that of an interrupted one where it takes too long."""
+        timer = threading.Timer(LIMIT_S, signal.raise_signal, (signal.SIGINT,))
+        timer.start()
+        try:
+            return main(self.words(server, *options))
+        finally:
+            timer.cancel()
 
     def start(self, server, *options):
         """The command as a process of its own."""

@@ -178,6 +178,17 @@ def test_what_is_refused_for_now_is_asked_for_as_long_as_it_takes(files):
     assert {*files.good} == {*map(str, range(30))}
 
 
+def test_of_many_prompts_those_that_are_refused_are_asked_again(files):
+    """The others of the line go on meanwhile."""
+    files.write(a_line("many", "/v1/completions", prompt=[*map(str, range(16))]))
+    with HttpHouse(echo, token_s=0.1) as server:
+        server.refuse(Overloaded, times=3, when=lambda message: message.text == "7")
+        server.refuse(Overloaded, times=12, when=lambda message: int(message.text) > 3)
+        assert files(server) == 0
+        assert len(server.core.submits) == 16
+    assert len(files.good["many"]["choices"]) == 16
+
+
 def test_a_server_without_room_for_keys_is_asked_without(files):
     files.write(*(a_line(str(number)) for number in range(20)))
     with HttpHouse(echo, max_idempotency_keys=3) as server:
