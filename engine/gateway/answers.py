@@ -288,15 +288,14 @@ def text_of(parts: Iterable[Part]) -> str:
 
 
 def _call_delta(part: Part) -> dict[str, Any]:
-    """A piece of a call: its name and id come once, its arguments in pieces."""
-    function: dict[str, Any] = {"arguments": part.text}
+    """A piece of a call: its name and id come once, its arguments in pieces. Mistral's client wants a name in each;
+    an empty one changes nothing for clients that join pieces."""
     call: dict[str, Any] = {"index": part.call}
     if part.id:
         call["id"] = part.id
     if part.name:
         call["type"] = "function"
-        function = {"name": part.name, **function}
-    return call | {"function": function}
+    return call | {"function": {"name": part.name, "arguments": part.text}}
 
 
 def _thinking(text: str) -> dict[str, Any]:

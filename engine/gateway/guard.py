@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -62,8 +63,8 @@ class Guard:
             await self._app(scope, receive, _told(call, send))
         except CierzoError as error:
             await _refuse(call, error)
-        except Gone:
-            pass
+        except (Gone, asyncio.CancelledError):
+            pass  # nobody is there to be told; the second: the server ends, with the task that this is
         except Exception as error:
             log.exception("the request %s failed", call.request_id)
             await _refuse(call, CierzoError(f"internal error: {type(error).__name__}"))

@@ -16,7 +16,6 @@ from cierzo.engine.gateway.house import House
 from cierzo.engine.gateway.token_words import chat_entry, prompt_entry
 from cierzo.engine.messages import Delta, Final
 
-
 TURN_BYTES = 32 * 1024  # of log-probabilities, written in one turn of the loop
 
 
@@ -91,8 +90,8 @@ class Joining:
         except CierzoError as error:
             raise in_body(error, self._asked) from error
         for end in final.samples:
-            if (error := unplanned(end)) is not None:
-                raise error
+            if (found := unplanned(end)) is not None:
+                raise found
         return final
 
     def _add(self, delta: Delta) -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
-MAX_WAITING = 8  # requests of a connection that came before the one ahead of them was answered
+MAX_PIPELINED = 16  # requests of a connection that wait for the one before
 
 
 def _last(status: bytes, error: CierzoError, more: bytes = b"") -> bytes:
@@ -60,8 +60,9 @@ TOO_LONG = _last(
 
 
 def _by_strangers(record: logging.LogRecord) -> bool:
-    """Mark a line as caused by strangers: uvicorn writes none but about what peers send."""
-    record.is_by_strangers = True
+    """Mark uvicorn's lines about what is no HTTP: whoever connects can cause them."""
+    if record.levelno <= logging.WARNING:
+        record.__dict__.update(BY_STRANGERS)
     return True
 
 
@@ -165,8 +166,8 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = False
         if self.transport.is_closing():
             return
-        if len(self.pipeline) >= MAX_WAITING:
-            raise HttpParserError(f"more than {MAX_WAITING} requests wait")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise HttpParserError(f"more than {MAX_PIPELINED} requests wait")
         super().on_headers_complete()
         self.flow.resume_reading()  # else nobody would see the peer go away
 
@@ -206,7 +207,7 @@ class Connection(HttpToolsProtocol):
         """Drop the connection if its peer has taken nothing since the last look."""
         unread = self._left_unread()
         if unread >= self._unread:
-            log.info("an HTTP connection is dropped: %d bytes were left unread", unread)
+            log.info("an HTTP connection is dropped: %d bytes were left unread", unread, extra=BY_STRANGERS)
             self.transport.abort()
             return
         self._unread = unread
@@ -259,7 +260,7 @@ class HttpServer:
             timeout_keep_alive=cast(int, config.idle_s),
         )
         self.uvicorn.load()
-        logging.getLogger("uvicorn.error").addFilter(_by_strangers)
+        logging.getLogger("uvicorn.error").addFilter(_by_strangers)  # once, however often it is said
 
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError if the address is taken, or may not be served like this."""

@@ -182,6 +182,7 @@ def test_the_harmless_is_passed_over(rules):
         ({"include": ["all"]}, "include[0]", "'all', allowed: message.output_text.logprobs"),
         ({"include": [3]}, "include[0]", "'3', allowed: message.output_text.logprobs"),
         ({"include": "all"}, "include", "must be a list"),
+        ({"include": [False]}, "include[0]", "'False', allowed: message.output_text.logprobs"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format", "grammar or schema"),
         ({"n": 2}, "n", "one answer"),
         ({"store": True}, "store", "stores no answers"),
