@@ -68,6 +68,7 @@ class Remote:
         self._clock = clock
         self._kept: OrderedDict[bytes, Kept] = OrderedDict()  # by the digest of the key, the last used last
         self._refused: OrderedDict[bytes, float] = OrderedDict()  # until when
+        self._closing: set[asyncio.Task[None]] = set()
         self._own: Client | None = None
         self.frontend: Frontend | None = None  # it is in another process
 
@@ -86,6 +87,7 @@ class Remote:
         self._kept.clear()
         for client in clients:
             await _closed(client)
+        await asyncio.gather(*self._closing)
         if self._own is not None:
             await self._own.close()
 
@@ -98,7 +100,7 @@ class Remote:
             raise Unauthorized(NO_KEY, field="key", limit="one that is known")
         kept = self._kept.get(digest)
         if kept is None:
-            await self._make_room()
+            self._make_room()
             kept = self._kept[digest] = Kept(asyncio.ensure_future(_made(self._connect, caller.key or None)))
         self._kept.move_to_end(digest)
         kept.num_open += 1
@@ -145,7 +147,7 @@ class Remote:
             if len(self._refused) > MAX_REFUSED:
                 self._refused.popitem(last=False)
 
-    async def _make_room(self) -> None:
+    def _make_room(self) -> None:
         """Close clients that are idle. Raises Overloaded if all that there may be are busy."""
         now = self._clock()
         idle = [digest for digest, kept in self._kept.items() if not kept.num_open]
@@ -155,7 +157,9 @@ class Remote:
             raise Overloaded(f"requests of {limit} keys are open", field="keys", limit=limit, retry_after_s=1.0)
         old = [digest for digest in idle if now - self._kept[digest].idle_since_s > IDLE_S]
         for digest in {*old, *idle[: max(0, surplus)]}:
-            await _closed(self._kept.pop(digest).client)
+            closing = asyncio.ensure_future(_closed(self._kept.pop(digest).client))
+            self._closing.add(closing)  # nobody waits for it: who comes meanwhile finds what is kept as it is
+            closing.add_done_callback(self._closing.discard)
 
 
 class ClientDesk:

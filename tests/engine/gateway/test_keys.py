@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import openai
 import pytest
 from http_house import CHAT, MESSAGES
@@ -9,6 +11,7 @@ from http_house import CHAT, MESSAGES
 from cierzo.engine.errors import Unauthorized
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.keys import key_line, new_key
+from cierzo.engine.gateway import remote as remote_module
 from cierzo.engine.gateway.backend import Caller
 from cierzo.engine.gateway.remote import REFUSED_S, Remote
 
@@ -118,6 +121,37 @@ def test_a_gateway_wants_a_key_of_its_own(opening, keys):
         opening("Hello", keys=str(keys), remote=True)
 
 
+def test_a_gateway_makes_room_while_others_come(monkeypatch, run):
+    """A client that is closed takes a while: those who come meanwhile are let in, each by one client of its key."""
+    monkeypatch.setattr(remote_module, "MAX_CLIENTS", 2)
+    made, closed = [], []
+
+    class SlowClient:
+        def __init__(self, key):
+            self.key = key
+            made.append(key)
+
+        async def close(self):
+            await asyncio.sleep(0.01)
+            closed.append(self.key)
+
+    async def connect(key):
+        return SlowClient(key)
+
+    async def body():
+        remote = Remote(connect, lambda: connect(OWN))
+        for key in ("a", "b"):
+            (await remote.admit(Caller(key=key))).close()
+        desks = await asyncio.gather(*(remote.admit(Caller(key=key)) for key in ("c", "d", "c")))
+        assert sorted(made) == ["a", "b", "c", "d"]
+        for desk in desks:
+            desk.close()
+        await remote.close()
+        assert sorted(closed) == ["a", "b", "c", "d"]
+
+    run(body())
+
+
 def test_a_gateway_takes_nobody_elsewhere_for_this_machine():
     asked = []
 
@@ -128,8 +162,6 @@ def test_a_gateway_takes_nobody_elsewhere_for_this_machine():
     async def admitted(remote, caller):
         with pytest.raises(Unauthorized):
             await remote.admit(caller)
-
-    import asyncio
 
     far = Caller(peer="192.0.2.1:1", is_local=False)
     asyncio.run(admitted(Remote(connect, lambda: connect(OWN)), far))
@@ -155,8 +187,6 @@ def test_a_key_that_was_refused_is_refused_for_a_while_without_a_question():
         with pytest.raises(Unauthorized):
             await remote.admit(Caller(key="guess"))
         assert asked == ["guess", "guess"]
-
-    import asyncio
 
     asyncio.run(body())
 
