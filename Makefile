@@ -69,7 +69,8 @@ SLOW = bench kernels/triton kernels/cuda kernels/test_native.py engine/test_exac
   engine/test_no_round_trip.py engine/test_oracle.py engine/test_oracle_engine.py engine/test_overlap.py \
   engine/test_pipe.py engine/test_published.py engine/test_smollm2_oracle.py \
   engine/test_weights_gguf.py engine/test_weights_packed.py engine/frontend/test_core_process.py \
-  engine/frontend/test_device_fault.py engine/gateway/test_page.py engine/gateway/test_page_chat.py
+  engine/frontend/test_device_fault.py engine/gateway/test_page.py engine/gateway/test_page_chat.py \
+  engine/gateway/test_schemathesis.py
 quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models, benchmarks and the browser
 	$(PYTEST) $(SLOW:%=--ignore=tests/%)
 

@@ -56,9 +56,7 @@ _TOKENS = _object(
     count=INTEGER, max_model_len=INTEGER, tokens=_list(INTEGER), token_strs=_or_null("array") | {"items": TEXT}
 )
 _NAMES = ("bos_token", "eos_token", "pad_token", "chat_template")
-_TOKENIZER = _object(
-    tokenizer_class=TEXT, model_max_length=INTEGER, **dict.fromkeys(_NAMES, _or_null("string"))
-)
+_TOKENIZER = _object(tokenizer_class=TEXT, model_max_length=INTEGER, **dict.fromkeys(_NAMES, _or_null("string")))
 
 
 def _probe(name: str) -> Schema:

@@ -36,13 +36,14 @@ class Served(CierzoServer):
 def run(command: Sequence[str | Path], log: Path, *, cwd: Path, **variables: str) -> None:
     """Run a program that downloads nothing, and keep what it prints. Raises Failed if it does not end well."""
     words = [str(word) for word in command]
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # its packages are its own
     print("$", *words, flush=True)
     with log.open("w", encoding="utf-8") as file:
         try:
             status = subprocess.run(
                 words,
                 cwd=cwd,
-                env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **variables},
+                env={**ours, "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

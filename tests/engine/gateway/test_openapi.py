@@ -70,6 +70,24 @@ def test_bodies_that_the_document_describes(told):
         assert house.post(path, {"model": "fake"}).status_code == 400
 
 
+def test_examples_are_answered_as_the_document_says(told, client):
+    house, document = told
+    for path in TABLES:
+        operation = document["paths"][path]["post"]
+        content = operation["requestBody"]["content"]["application/json"]
+        for example in content["examples"].values():
+            body = example["value"]
+            jsonschema.validate(body, content["schema"])
+            answer = client.post(house.url + path, json=body)
+            assert answer.status_code == 200, answer.text
+            kind = answer.headers["content-type"].partition(";")[0]
+            described = operation["responses"]["200"]["content"][kind]
+            assert (kind == "text/event-stream") == body.get("stream", False)
+            if kind == "application/json":
+                assert {"type", "required", "properties"} <= {*described["schema"]}
+                jsonschema.validate(answer.json(), described["schema"])
+
+
 def test_a_lenient_door_says_so(opening):
     document = opening("x", http={"lenient": True}).get("/openapi.json").json()
     schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

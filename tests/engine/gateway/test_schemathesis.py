@@ -11,7 +11,7 @@ from pathlib import Path
 # stream true alone") or are the model's ("a role follows another"), and a schema does not say them.
 OPTIONS = (
     *("--checks=all", "--exclude-checks=positive_data_acceptance", "--max-examples=10", "--workers=1"),
-    *("--seed=1", "--generation-database=none", "--no-color", "--output-sanitize=false"),
+    *("--seed=1", "--generation-database=none", "--no-color", "--output-sanitize=false", "--request-timeout=60"),
 )
 
 
