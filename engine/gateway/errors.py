@@ -89,9 +89,16 @@ def unplanned(end: SampleEnd) -> CierzoError | None:
     return kind(f"{text}: {end.message}" if end.message else text, field="deadline_s" if kind is Late else None)
 
 
+def stopped() -> CierzoError:
+    """The error of an answer that is cut short by the end of this server."""
+    error = Interrupted(STOPPED)
+    error.may_have_run = True
+    return error
+
+
 def body_of(error: CierzoError) -> dict[str, Any]:
     """The JSON that tells of an error."""
-    error = Interrupted(STOPPED) if isinstance(error, Interrupted) else error
+    error = stopped() if isinstance(error, Interrupted) else error
     status = error.http_status
     kind = TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
     told = {"message": error.message, "type": kind, "param": error.field, "code": error.code}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -13,7 +14,7 @@ from ipaddress import ip_address
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.gateway.call import JSON, Call, Event, Gone, Receive, Scope, Send
-from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of
+from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of, stopped
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,10 @@ class Guard:
             await _refuse(call, error)
         except Gone:
             pass
+        except asyncio.CancelledError:  # as `HttpServer.close` does to what is still open
+            if call.has_begun:
+                raise
+            await _refuse(call, stopped())
         except Exception as error:
             log.exception("the request %s failed", call.request_id)
             await _refuse(call, CierzoError(f"internal error: {type(error).__name__}"))
