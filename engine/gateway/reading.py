@@ -132,7 +132,7 @@ class Body:
 
     def _model(self) -> str:
         """The name by which the served model is asked for. Raises NotFound for another one."""
-        names = (self.rules.model.name, *self.rules.names)
+        names = (*self.rules.names, self.rules.model.name)
         name = self.given.get("model", names[0])
         if name in names:
             return name

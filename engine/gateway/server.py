@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -28,6 +29,7 @@ from cierzo.engine.log_lines import BY_STRANGERS
 
 log = logging.getLogger(__name__)
 
+FAREWELL_S = 0.5  # in which whoever is cut short takes the error
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
 MAX_PIPELINED = 16  # requests of a connection that wait for the one before
@@ -204,7 +206,7 @@ class HttpServer:
             self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
 
     async def close(self, linger_s: float = LINGER_S) -> None:
-        """Stop listening, wait for what is open, at most `linger_s`, and drop what is left."""
+        """Stop listening, wait for what is open, at most `linger_s`, and tell what is left that it is cut short."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -213,22 +215,26 @@ class HttpServer:
             layer.abort()
         for connection in list(self.state.connections):
             connection.shutdown()
-        try:
-            async with asyncio.timeout(linger_s):
-                while self.state.connections:
-                    self._empty.clear()
-                    await self._empty.wait()
-        except TimeoutError:
-            for connection in list(self.state.connections):
-                connection.transport.abort()
+        await self._emptied(linger_s)
         tasks = list(self.state.tasks)
         for task in tasks:
             task.cancel()
+        await self._emptied(FAREWELL_S)
+        for connection in list(self.state.connections):
+            connection.transport.abort()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._house.close()
         await server.wait_closed()
         if self._socket_path is not None and os.path.exists(self._socket_path):
             os.unlink(self._socket_path)
+
+    async def _emptied(self, within_s: float) -> None:
+        """Wait until no connection is left, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self.state.connections:
+                    self._empty.clear()
+                    await self._empty.wait()
 
     def left(self) -> None:
         """A connection is gone."""

@@ -95,6 +95,23 @@ def test_an_end_of_the_server_ends_streams_with_an_error(opening):
     assert b"[DONE]" not in rest
 
 
+def test_an_end_of_the_door_tells_whoever_still_waits(either, caplog):
+    """A gateway that ends cannot have the server tell it."""
+    house = either("x" * 100, token_s=60.0)
+    stream, whole = _asked(house, CHAT | {"stream": True}), _asked(house, CHAT)
+    with contextlib.closing(stream), contextlib.closing(whole):
+        _heard(stream, b'"x"')
+        _until(lambda: _num_running(house) == 2)
+        house._ask(lambda: house.door.close(0.0))
+        rest, told = _heard(stream, b"0\r\n\r\n"), _heard(whole, b"}}")
+    assert b'"code":"interrupted"' in rest
+    assert b"[DONE]" not in rest
+    assert b" 503 " in told
+    assert b"x-should-retry: false" in told
+    assert b"the server stopped before the answer was complete" in told
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reader_that_goes_away_cancels_at_once(either, stream):
     clock = ManualClock()
