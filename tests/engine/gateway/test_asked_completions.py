@@ -30,7 +30,12 @@ def fim(rules, **body):
 def test_a_text(rules):
     (asked,) = read(rules)
     assert asked.arguments == {"text": "Hi", "max_tokens": 16, "deltas": False}
-    assert (asked.endpoint, asked.model, asked.echo, asked.drops_output) == ("completions", "small4", False, False)
+    assert (asked.endpoint, asked.model, asked.echo, asked.drops_output) == (
+        "completions",
+        "mistral-small-latest",
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
