@@ -17,8 +17,8 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz compat bench-step bench-rpc peers headline \
-  headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz clients compat bench-step bench-rpc \
+  bench-http peers headline headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,7 +69,8 @@ SLOW = bench kernels/triton kernels/cuda kernels/test_native.py engine/test_exac
   engine/test_no_round_trip.py engine/test_oracle.py engine/test_oracle_engine.py engine/test_overlap.py \
   engine/test_pipe.py engine/test_published.py engine/test_smollm2_oracle.py \
   engine/test_weights_gguf.py engine/test_weights_packed.py engine/frontend/test_core_process.py \
-  engine/frontend/test_device_fault.py engine/gateway/test_page.py engine/gateway/test_page_chat.py
+  engine/frontend/test_device_fault.py engine/gateway/test_page.py engine/gateway/test_page_chat.py \
+  engine/gateway/test_schemathesis.py
 quick: $(KERNELS) ## run the tests that are done in a minute: all but GPU kernels, whole models, benchmarks and the browser
 	$(PYTEST) $(SLOW:%=--ignore=tests/%)
 
@@ -110,6 +111,16 @@ $(FUZZ_PACKAGES)/atheris: | $(KERNELS)
 fuzz: $(FUZZ_PACKAGES)/atheris ## feed 10^7 broken frames and 10^5 broken connections to the server (by hand: half an hour)
 	PYTHONPATH=tests:$(FUZZ_PACKAGES) $(BIN)/python -m fuzz $(FUZZ)
 
+# Whatever is fetched is fetched for these programs alone: nothing of it goes into .venv. CLIENTS="aiperf", or any other.
+build/clients/%/.installed: tests/clients/%.txt tests/clients/without-torch.txt | $(KERNELS)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/clients/without-torch.txt \
+	  --requirement $<
+	@touch $@
+
+clients: build/clients/lm-eval/.installed build/clients/aiperf/.installed ## have lm-eval and aiperf use the HTTP door (by hand: minutes, 2 GB)
+	$(TOOL) clients $(CLIENTS)
+
 compat: ## run the tests with other versions of torch and Python, in environments of their own (by hand: GBs)
 	$(PYTHON) tests/compat.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(COMPAT)
 
@@ -122,6 +133,9 @@ bench-step: $(KERNELS) ## time the step loop apart from the model
 
 bench-rpc: $(KERNELS) ## requests and tokens per second over the RPC, with a fake model; AGAINST=COMMIT: in turns with that one
 	$(BIN)/python -m cierzo.bench.rpc $(if $(AGAINST),--against $(AGAINST)) $(RPC)
+
+bench-http: $(KERNELS) ## requests, tokens and first tokens over HTTP, in turns with the RPC of the same server, with a fake model
+	$(BIN)/python tests/support/http_load.py $(HTTP)
 
 # Each peer gets an environment of its own below build/peers. PEERS="--quick" or any of its other options.
 peers: $(KERNELS) ## compare us with transformers, vLLM and llama.cpp (hours; PEERS=--quick: 40 minutes)

@@ -53,6 +53,7 @@ TEST = [
     "mypy>=1.14",
     "openai>=3.50",  # the clients that people have, against the HTTP door
     "mistralai>=3.7",
+    "schemathesis>=4.32,<5",  # drives the HTTP door by its OpenAPI document
 ]
 
 KERNELS = Path("src/cierzo/kernels/cpu")

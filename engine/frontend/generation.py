@@ -186,7 +186,7 @@ class Inbox:
 
     def is_refused(self, error: CierzoError) -> bool:
         """Whether this error says that its server does not work on it."""
-        is_refused = is_refusal(error, tells_acceptance="resume" in self.link.features)
+        is_refused = is_refusal(error, tells_acceptance=_tells_acceptance(self.link))
         return is_refused and not self.is_running and not self.uncertain
 
     def sent(self, is_resumed: bool) -> None:
@@ -285,6 +285,11 @@ class Inbox:
         self.link.consumed(self, self.held)
 
 
+def _tells_acceptance(link: Link) -> bool:
+    """Whether its server says when it accepts a request."""
+    return not link.features.isdisjoint(("resume", ACCEPTANCE))
+
+
 def _settle(waiter: asyncio.Future[bool], has_news: bool) -> None:
     if not waiter.done():
         waiter.set_result(has_news)
@@ -348,8 +353,7 @@ class Generation:
         the server does not have the feature "resume", with which it would say so.
         """
         inbox = self._inbox
-        tells = not inbox.link.features.isdisjoint(("resume", ACCEPTANCE))
-        if inbox.accepted is None and not tells and not inbox.ended:
+        if inbox.accepted is None and not _tells_acceptance(inbox.link) and not inbox.ended:
             raise InvalidRequest(
                 "the server does not say when it accepts a request: it has not granted the feature resume",
                 field="features",

@@ -26,6 +26,7 @@ from cierzo.engine.frontend.stream import NewReader, Sink, Stream
 from cierzo.engine.frontend.whole import Pieces, build, cut, is_long
 from cierzo.engine.messages import ACCEPTANCE, Accepted, Delta, TokenDelta, TokenLogprobs
 
+DELTA_HEAP = 4  # a delta with log-probabilities takes so many times its cost where its reader is in this process
 CHUNK_TOKENS = 4096  # merged into one delta at most; of those with log-probabilities, fewer
 CHUNK_LOGPROBS = 128
 CHUNK_PARTS = 1024
@@ -100,6 +101,8 @@ class Outlets:
             sink.put(self._accepted(stream))
         stream.skips = False
         stream.credit = self._config.stream_credit_bytes if "credit" in sink.features else None
+        if stream.credit is not None and ACCEPTANCE in sink.features:
+            stream.credit //= DELTA_HEAP
         is_behind = stream.unsent
         stream.pending_bytes = stream.unsent_bytes if is_behind else 0
         stream.pending_limit = self._config.max_pending_bytes + stream.pending_bytes

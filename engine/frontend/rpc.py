@@ -11,8 +11,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 import msgspec
 
@@ -43,6 +43,14 @@ log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
+
+
+class Visiting(Protocol):
+    """Whoever came in by a key."""
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end what is nobody's now, or another one's."""
+        ...
 
 
 class Connection(asyncio.Protocol):
@@ -379,6 +387,7 @@ class RpcServer:
         self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
         self.address = config.address
         self._connections: set[Connection] = set()
+        self.others: Callable[[], Iterable[Visiting]] = tuple  # who came in by the same door, another way
         self._num_refused = 0  # of these, those past `max_connections`
         self._server: asyncio.Server | None = None
         self.tls: Tls | None = None
@@ -411,7 +420,7 @@ class RpcServer:
             self.tls.reload()
         if self.door.reload():
             self._arrange()
-            for connection in list(self._connections):
+            for connection in [*self._connections, *self.others()]:
                 connection.look_again(self.door)
 
     async def close(self) -> None:

@@ -352,7 +352,10 @@ class Stream:
 
     @property
     def num_cached(self) -> int:
-        """Tokens of the prompt that came from the prefix cache, for all samples, as far as a core has said so."""
+        """Tokens of the prompt that came from the prefix cache, for all samples, as far as a core has said so. Of a
+        scored prompt none: what is found behind a pause was computed for it."""
+        if self.prompt is not None:
+            return 0
         cached = [sample.finish.cached_tokens for sample in self.samples if sample.finish is not None]
         return min(min(cached), self.num_prompt_tokens) if cached else 0
 

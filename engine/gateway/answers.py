@@ -286,15 +286,14 @@ def text_of(parts: Iterable[Part]) -> str:
 
 
 def _call_delta(part: Part) -> dict[str, Any]:
-    """A piece of a call: its name and id come once, its arguments in pieces."""
-    function: dict[str, Any] = {"arguments": part.text}
+    """A piece of a call: its name and id come once, its arguments in pieces. Mistral's client wants a name in each;
+    an empty one changes nothing for clients that join pieces."""
     call: dict[str, Any] = {"index": part.call}
     if part.id:
         call["id"] = part.id
     if part.name:
         call["type"] = "function"
-        function = {"name": part.name, **function}
-    return call | {"function": function}
+    return call | {"function": {"name": part.name, "arguments": part.text}}
 
 
 def _thinking(text: str) -> dict[str, Any]:
@@ -335,8 +334,9 @@ class Legacy:
 
     def encoded(self, before: Legacy | None = None) -> bytes:
         """The object, with the positions of `before` in front."""
+        earlier = {} if before is None else before._lists
         lists = [
-            b"%b:[%b]" % (_encode(name), ((before._lists[name] if before else b"") + entries)[:-1])
+            b"%b:[%b]" % (_encode(name), bytes(earlier.get(name, b"") + entries)[:-1])
             for name, entries in self._lists.items()
         ]
         return b"{%b}" % b",".join(lists)

@@ -65,7 +65,7 @@ def _logprobs(read: Body) -> None:
     """Ask for log-probabilities where they are to be included, or their alternatives are counted."""
     names = sequence(read.given.get("include", []), "include")
     for number, name in enumerate(names):
-        one_of(f"include[{number}]", name if isinstance(name, str) else shown(name), INCLUDABLE)
+        one_of(f"include[{number}]", name if isinstance(name, str) else str(shown(name)), INCLUDABLE)
     top = read.integer("top_logprobs")
     if LOGPROBS in names or top:
         read.arguments["logprobs"] = top or 0

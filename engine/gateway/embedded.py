@@ -13,7 +13,7 @@ from typing import Any, Unpack, cast
 
 import msgspec
 
-from cierzo.engine.errors import Forbidden, Overloaded
+from cierzo.engine.errors import CierzoError, Forbidden, Overloaded, Unauthorized
 from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -24,6 +24,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.generation import Generation, Inbox
 from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.frontend.outlet import DELTA_HEAP
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.frontend.tenants import Access, Right, Visitor
 from cierzo.engine.frontend.words import WAIT_S
@@ -76,15 +77,17 @@ class Embedded:
         self.frontend: Frontend = server.frontend
         self.methods: Methods = server.methods
         self.prompts = prompts
-        self.credit_part = max(1, server.config.stream_credit_bytes // CREDIT_PARTS)
+        self.credit_part = max(1, server.config.stream_credit_bytes // DELTA_HEAP // CREDIT_PARTS)
         self.metrics = metrics
+        self.desks: set[Desk] = set()  # with something open
         self._door: Door = server.door
+        server.others = lambda: [*self.desks]
         self._spellings = {token_id: word.encode() for word, token_id in prompts.special_ids.items()}
 
     async def admit(self, caller: Caller) -> Desk:
         """A desk for a request. Raises Unauthorized."""
         visitor = Visitor(digest_of(caller.key), caller.certificate, caller.is_local)
-        return Desk(self, self._door.access(visitor), caller.peer)
+        return Desk(self, self._door.access(visitor), visitor, caller.peer)
 
     async def health(self) -> Health:
         """The front end's state."""
@@ -104,12 +107,13 @@ class Desk:
 
     __slots__ = (
         *("__weakref__", "_calls", "_house", "_inboxes", "_is_connected", "_num_asked", "_num_generated", "_timer"),
-        *("access", "features", "is_paused", "loop", "peer"),
+        *("access", "features", "is_paused", "loop", "peer", "visitor"),
     )
 
-    def __init__(self, house: Embedded, access: Access, peer: str) -> None:
+    def __init__(self, house: Embedded, access: Access, visitor: Visitor, peer: str) -> None:
         self.features = FEATURES
         self.access = access
+        self.visitor = visitor
         self.peer = peer
         self.is_paused = False
         self.loop = asyncio.get_running_loop()
@@ -204,12 +208,31 @@ class Desk:
             self._is_connected = False
             if self._timer is not None:
                 self._timer.cancel()
+            self._house.desks.discard(self)
             self._house.frontend.disconnect(self)
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end what is nobody's now, or another one's."""
+        try:
+            access = door.access(self.visitor)
+            if access.tenant.name != self.access.tenant.name:
+                raise Unauthorized("this key is of another tenant now", field="key", limit="a new request")
+        except CierzoError as error:
+            for inbox in [*self._inboxes.values()]:
+                inbox.put(error)
+            self._inboxes.clear()
+            for call in self._calls.values():
+                if not call.done():
+                    call.set_exception(error)
+            self.close()
+        else:
+            self.access = access
 
     def _connect(self) -> None:
         """Count as a connection from now on. Raises Overloaded for one too many."""
         if not self._is_connected:
             self._house.frontend.connect(self)
+            self._house.desks.add(self)
             self._is_connected = True
 
     # --- Sink ------------------------------------------------------------------------------------------

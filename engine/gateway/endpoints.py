@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -24,7 +25,10 @@ from cierzo.engine.gateway.joining import Counted, Joining, Prompt
 from cierzo.engine.gateway.reading import Endpoint
 from cierzo.engine.gateway.responses import ResponseEvents, response_head
 from cierzo.engine.gateway.sse import Run, heard, stream, together
-from cierzo.engine.messages import Final
+from cierzo.engine.messages import Delta, Final
+
+PROMPTS_AT_ONCE = 8  # asked in a turn of the loop
+MAX_ENTRIES = 32_768  # of log-probabilities in a response, whose last event tells all of them again
 
 
 class Kind(NamedTuple):
@@ -56,7 +60,11 @@ async def _answer(house: House, call: Call, kind: Kind, requests: list[Request])
     first = requests[0].asked
     head = answers.head(kind.chunk if first.stream else kind.whole, kind.name, call.request_id, first.model)
     prompts = [await _prompt(house, call, request) for request in requests]
-    generations = [ask(call.engine, request) for request in requests]
+    generations = []
+    for number, request in enumerate(requests, 1):
+        generations.append(ask(call.engine, request))
+        if number % PROMPTS_AT_ONCE == 0:
+            await asyncio.sleep(0)  # other callers have their turns
     if first.stream:
         runs = _runs(house, call, kind, head, requests, prompts, generations)
         await stream(call, runs, partial(_last, head, first.include_usage, runs), house.config.comment_s)
@@ -91,9 +99,11 @@ async def _prompt(house: House, call: Call, request: Request) -> Prompt:
     text = request.prompt_text if token_ids is None else await backend.detokenize(token_ids)
     if asked.prompt_logprobs is None:
         return Prompt(text)
-    first, *_ = await backend.tokenize(text=text) if token_ids is None else token_ids
-    await house.words(asked.as_token_ids).learn(backend, [first])
-    return Prompt(text, first)
+    tokens = await backend.tokenize(text=text) if token_ids is None else token_ids
+    if not tokens:
+        return Prompt(text)  # the engine refuses it
+    await house.words(asked.as_token_ids).learn(backend, tokens[:1])
+    return Prompt(text, tokens[0])
 
 
 def _runs(
@@ -151,13 +161,28 @@ def _last(head: Head, has_usage: bool, runs: Sequence[Run], finals: list[Final])
     return answers.usage_event(head, answers.usage_of(finals, thoughts)) + answers.DONE
 
 
+class Bounded(ResponseEvents):
+    """Events of a response, whose log-probabilities are not too many to be told as a whole."""
+
+    num_entries = 0
+
+    def take(self, deltas: Sequence[Delta]) -> bytes:
+        """Events that tell of new output. Raises InvalidRequest past `MAX_ENTRIES`."""
+        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+        self.num_entries += sum([1 + len(entry.top_token_ids) for entry in entries])
+        if self.num_entries > MAX_ENTRIES:
+            what = f"a response has at most {MAX_ENTRIES} log-probabilities, alternatives included"
+            raise InvalidRequest(what, field="top_logprobs", limit=MAX_ENTRIES, value=self.num_entries)
+        return super().take(deltas)
+
+
 async def responses(house: House, call: Call) -> None:
     """Answer POST /v1/responses."""
     (request,) = await house.requests(call, "responses")
     asked, place = request.asked, partial(in_body, asked=request.asked)
     told = response_head(f"resp_{call.request_id}", int(time.time()), asked.model, asked.given)
     spelled = house.words(asked.as_token_ids) if asked.logprobs is not None else None
-    events = ResponseEvents(told, spelled)
+    events = Bounded(told, spelled)
     run = Run(ask(call.engine, request), events, place, words=spelled)
     if asked.stream:
         await stream(call, [run], lambda finals: b"", house.config.comment_s)

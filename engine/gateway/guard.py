@@ -65,10 +65,9 @@ class Guard:
             await _refuse(call, error)
         except Gone:
             pass
-        except asyncio.CancelledError:  # as `HttpServer.close` does to what is still open
-            if call.has_begun:
-                raise
-            await _refuse(call, stopped())
+        except asyncio.CancelledError:  # the server ends, with the task that this is
+            if not call.has_begun:
+                await _refuse(call, stopped())
         except Exception as error:
             log.exception("the request %s failed", call.request_id)
             await _refuse(call, CierzoError(f"internal error: {type(error).__name__}"))

@@ -81,8 +81,8 @@ class Joining:
         except CierzoError as error:
             raise in_body(error, self._asked) from error
         for end in final.samples:
-            if (error := unplanned(end)) is not None:
-                raise error
+            if (found := unplanned(end)) is not None:
+                raise found
         return final
 
     def _add(self, delta: Delta) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from cierzo import __version__
 from cierzo.engine.gateway import field_rows, words
+from cierzo.engine.gateway.answer_schemas import ANSWERS, COMPONENTS, TEXT, Schema
 from cierzo.engine.gateway.fields import Table
 
-Schema = dict[str, Any]
 TABLES: Mapping[str, Table] = {
     "/v1/chat/completions": field_rows.CHAT,
     "/v1/completions": field_rows.COMPLETIONS,
@@ -30,17 +30,54 @@ NEEDED = {
     "/detokenize": ["tokens"],
 }
 STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/fim/completions", "/v1/responses"}
-TEXT = {"type": "string"}
 TYPES = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n"), "integer"),
-    **dict.fromkeys(("seed", "random_seed", "top_k", "top_logprobs", "priority"), "integer"),
+    **dict.fromkeys(("seed", "random_seed", "top_k", "top_logprobs", "priority", "max_thinking_tokens"), "integer"),
     **dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"), "number"),
     **dict.fromkeys(("repetition_penalty", "deadline_s"), "number"),
     **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", "return_token_strs"), "boolean"),
+    **dict.fromkeys(("return_tokens_as_token_ids", "continue_final_message", "add_generation_prompt"), "boolean"),
+    **dict.fromkeys(("add_special_tokens", "parse_special"), "boolean"),
     **dict.fromkeys(("model", "suffix", "reasoning_effort", "instructions"), "string"),
-    **dict.fromkeys(("messages", "tools", "tokens"), "array"),
-    **dict.fromkeys(("prompt", "input", "stop"), "string or array"),
-    "stream_options": "object",
+    **dict.fromkeys(("messages", "tools", "tokens", "include"), "array"),
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), "integer or array"),
+    **dict.fromkeys(("stream_options", "logit_bias", "reasoning", "text", "prompt_cache_options"), "object"),
+    **dict.fromkeys(("prompt", "input", "stop", "bad_words"), "string or array"),
+    **dict.fromkeys(("logprobs", "prompt_logprobs", "top_prompt_logprobs"), "integer"),
+    "tool_choice": "string or object",
+}
+OWN_TYPES = {  # of fields that are called as another one elsewhere
+    ("/v1/fim/completions", "prompt"): "string",
+    ("/tokenize", "prompt"): "string",
+    ("/v1/chat/completions", "logprobs"): "boolean",
+    ("/v1/chat/completions", "prompt_logprobs"): "boolean or integer",
+}
+IN_LISTS = {  # what is in the lists among them
+    **dict.fromkeys(("messages", "tools"), "object"),
+    **dict.fromkeys(("tokens", "stop_token_ids", "allowed_token_ids"), "integer"),
+    **dict.fromkeys(("include", "bad_words", "stop"), "string"),
+}
+_TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
+_WIND = {"name": "wind", "parameters": {"type": "object", "properties": {"at": TEXT}}}
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [
+        {"messages": _TURNS, "max_tokens": 8},
+        {"messages": _TURNS, "max_tokens": 8, "stream": True, "stream_options": {"include_usage": True}},
+        {"messages": _TURNS, "max_tokens": 8, "n": 2, "logprobs": True, "top_logprobs": 2},
+        {"messages": _TURNS, "max_tokens": 8, "tools": [{"type": "function", "function": _WIND}]},
+    ],
+    "/v1/completions": [
+        {"prompt": "The sky is", "max_tokens": 8},
+        {"prompt": ["The sky is", "The sea is"], "max_tokens": 8, "stream": True},
+        {"prompt": [1, 2, 3], "max_tokens": 1, "echo": True, "logprobs": 1},
+    ],
+    "/v1/fim/completions": [{"prompt": "def odd(n):", "max_tokens": 8}],
+    "/v1/responses": [
+        {"input": "Why is the sky blue?", "max_output_tokens": 8},
+        {"input": _TURNS, "max_output_tokens": 8, "tools": [{"type": "function", **_WIND}], "stream": True},
+    ],
+    "/tokenize": [{"prompt": "The sky is", "return_token_strs": True}, {"messages": _TURNS}],
+    "/detokenize": [{"tokens": [1, 2, 3]}],
 }
 ERROR: Schema = {
     "type": "object",
@@ -81,7 +118,7 @@ def document(rows: Iterable[Any], *, lenient: bool) -> Schema:
         },
         "paths": paths,
         "components": {
-            "schemas": {"Error": ERROR},
+            "schemas": {"Error": ERROR, **COMPONENTS},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -98,19 +135,21 @@ def _operation(row: Any, path: str, lenient: bool) -> Schema:
     if not row.is_open:
         told["security"] = [{"key": []}, {}]
     if path.startswith("/health"):
-        told["responses"]["503"] = {"description": "it is not so", "content": {"application/json": {"schema": {}}}}
+        told["responses"]["503"] = {"description": "it is not so", "content": told["responses"]["200"]["content"]}
     if "{name}" in path:
         told["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": TEXT}]
     if path in TABLES:
-        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(path, lenient)}}}
+        examples = {str(number): {"value": body} for number, body in enumerate(EXAMPLES[path], 1)}
+        body = {"schema": _body(path, lenient), "examples": examples}
+        told["requestBody"] = {"required": True, "content": {"application/json": body}}
     return told
 
 
 def _answer(path: str) -> Schema:
     kind = KINDS.get(path, "application/json")
-    content: Schema = {kind: {"schema": {"type": "object"} if kind == "application/json" else TEXT}}
+    content: Schema = {kind: {"schema": ANSWERS.get(path, TEXT)}}
     if path in STREAMS:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {}
     return {"description": "the answer", "content": content}
 
 
@@ -119,8 +158,14 @@ def _body(path: str, lenient: bool) -> Schema:
     fields: Schema = {}
     needed = NEEDED.get(path, [])
     for name, row in TABLES[path].items():
-        types = [*TYPES[name].split(" or "), *([] if name in needed else ["null"])] if name in TYPES else []
-        kind: Schema = {"type": types} if types else {}
+        told_type = OWN_TYPES.get((path, name), TYPES.get(name))
+        kind: Schema = {}
+        if told_type is not None:
+            kind = {"type": [*told_type.split(" or "), *([] if name in needed else ["null"])]}
+        if name in IN_LISTS:
+            kind["items"] = {"type": IN_LISTS[name]}
+        if name in ("messages", "prompt") and name in needed:
+            kind |= {"minItems": 1, "minLength": 1}
         if row.treatment == "refused":
             kind = {"enum": [None, *row.harmless]}
         fields[name] = kind | ({"description": row.note} if row.note else {})

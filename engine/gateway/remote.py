@@ -158,14 +158,12 @@ class Remote:
             await _closed(self._kept.pop(digest).client)
 
 
-class RemoteDesk:
-    """The engine for one HTTP request, by the client of its caller's key."""
+class ClientDesk:
+    """The engine for one request, by a client."""
 
-    __slots__ = ("_client", "_generations", "_kept", "_owner")
+    __slots__ = ("_client", "_generations")
 
-    def __init__(self, owner: Remote, kept: Kept, client: Client) -> None:
-        self._owner = owner
-        self._kept: Kept | None = kept
+    def __init__(self, client: Client) -> None:
         self._client = client
         self._generations: list[Generation] = []
 
@@ -210,11 +208,26 @@ class RemoteDesk:
 
     def close(self) -> None:
         """The request is over: what still runs of it is cancelled."""
+        for generation in self._generations:
+            generation.cancel()
+
+
+class RemoteDesk(ClientDesk):
+    """The engine for one HTTP request, by the client of its caller's key."""
+
+    __slots__ = ("_kept", "_owner")
+
+    def __init__(self, owner: Remote, kept: Kept, client: Client) -> None:
+        super().__init__(client)
+        self._owner = owner
+        self._kept: Kept | None = kept
+
+    def close(self) -> None:
+        """The request is over, for the client of its key too."""
         kept, self._kept = self._kept, None
         if kept is not None:
             self._owner.left(kept)
-            for generation in self._generations:
-                generation.cancel()
+            super().close()
 
 
 async def _made(connect: Connect, key: str | None) -> Client:

@@ -25,14 +25,23 @@ from cierzo.engine.gateway.backend import Backends
 from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.guard import allowed_hosts
 from cierzo.engine.gateway.house import House
+from cierzo.engine.log_lines import BY_STRANGERS
 
 log = logging.getLogger(__name__)
 
 FAREWELL_S = 0.5  # in which whoever is cut short takes the error
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
+MAX_PIPELINED = 16  # requests of a connection that wait for the one before
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+def _by_strangers(record: logging.LogRecord) -> bool:
+    """Mark uvicorn's lines about what is no HTTP: whoever connects can cause them."""
+    if record.levelno <= logging.WARNING:
+        record.__dict__.update(BY_STRANGERS)
+    return True
 
 
 class Connection(HttpToolsProtocol):
@@ -48,7 +57,8 @@ class Connection(HttpToolsProtocol):
         """A peer has connected; it has `request_timeout_s` for its first request."""
         owner = self._owner
         if len(owner.state.connections) >= owner.frontend.max_connections:
-            log.warning("an HTTP connection is refused: max_connections is %d", owner.frontend.max_connections)
+            most = owner.frontend.max_connections
+            log.warning("an HTTP connection is refused: max_connections is %d", most, extra=BY_STRANGERS)
             transport.write(TOO_MANY)
             transport.close()
             return
@@ -79,8 +89,10 @@ class Connection(HttpToolsProtocol):
             super().data_received(data)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """A request begins. A few may come before they are answered: each takes memory."""
         self._head_bytes = 0
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.abort()
         self._owner.arriving.add(self)
         super().on_message_begin()
 
@@ -125,7 +137,7 @@ class Connection(HttpToolsProtocol):
         """Drop the connection if its peer has taken nothing since the last look."""
         unread = self._left_unread()
         if unread >= self._unread:
-            log.info("an HTTP connection is dropped: %d bytes were left unread", unread)
+            log.info("an HTTP connection is dropped: %d bytes were left unread", unread, extra=BY_STRANGERS)
             self.transport.abort()
             return
         self._unread = unread
@@ -179,6 +191,7 @@ class HttpServer:
             timeout_keep_alive=cast(int, config.idle_s),
         )
         self.uvicorn.load()
+        logging.getLogger("uvicorn.error").addFilter(_by_strangers)  # once, however often it is said
 
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError if the address is taken, or may not be served like this."""

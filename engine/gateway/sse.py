@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from cierzo.engine.errors import CierzoError
+from cierzo.engine.errors import CierzoError, ProtocolError
 from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway.answers import Events
 from cierzo.engine.gateway.call import Call
-from cierzo.engine.gateway.errors import Headers, stopped
+from cierzo.engine.gateway.errors import Headers, stopped, unplanned
 from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import Delta, Final
 
@@ -25,13 +25,13 @@ WRITE_BYTES = 16 * 1024  # of events, written at a time
 
 class Run(NamedTuple):
     """An answer under way, and how its events are told. in_body: the error as it is told to who wrote the body.
-    count: counts the tokens of the prompt, if they are to be told as it goes; an engine elsewhere does not say.
+    counting: counts the tokens of the prompt, if they are to be told as it goes; an engine elsewhere does not say.
     words: of its log-probabilities, if it has any."""
 
     generation: Generation
     events: Events
     in_body: Callable[[CierzoError], CierzoError]
-    count: Callable[[], Awaitable[int]] | None = None
+    counting: Callable[[], Awaitable[int]] | None = None
     words: TokenWords | None = None
 
 
@@ -77,10 +77,15 @@ async def stream(
 
 async def _accepted(run: Run) -> int:
     """Wait until an answer is certain to come: the number of its prompt's tokens, 0 if nobody needs it. Raises the
-    refusal."""
+    refusal, and the end of a request that came to nothing before, as when its deadline passes."""
     try:
         accepted = await run.generation.accepted()
-        return accepted.prompt_tokens or (0 if run.count is None else await run.count())
+        return accepted.prompt_tokens or (0 if run.counting is None else await run.counting())
+    except ProtocolError:
+        for end in run.generation.final.samples:
+            if (found := unplanned(end)) is not None:
+                raise found from None
+        raise
     except CierzoError as error:
         raise run.in_body(error) from error
 

@@ -147,7 +147,7 @@ def _of_frontend(frontend: Frontend) -> dict[str, Any]:
 
 def _latency(columns: Iterable[Sequence[int]]) -> Latency:
     counts = [sum(bucket) for bucket in zip(*columns, strict=True)]
-    return Latency(*(percentile(counts, share) for share in (0.5, 0.9, 0.99)), counts=counts)
+    return Latency(percentile(counts, 0.5), percentile(counts, 0.9), percentile(counts, 0.99), counts)
 
 
 def _sums(name: str, tally: TenantTally) -> TenantSums:

@@ -23,6 +23,7 @@ COMMANDS = (
     ("serve", "engine.commands.serve", "serve a checkpoint over the RPC, and over HTTP"),
     ("gateway", "engine.commands.gateway", "serve HTTP before servers that speak the RPC"),
     ("generate", "engine.commands.generate", "generate in this process, without a server"),
+    ("batch", "engine.commands.batch", "have a running server answer a file of requests"),
     ("chat", "engine.commands.chat", "talk to a running server"),
     ("demo", "engine.commands.demo", "serve the demo model and ask it one question"),
     ("make-key", "engine.commands.make_key", "make a key that opens a server to a tenant"),

@@ -5,7 +5,8 @@ The device is a stand-in that refuses what would wait (tests/support/card.py); k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import cuda_on_cpu
@@ -32,7 +33,7 @@ from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.params import SamplingParams
-from cierzo.scheduler.plan import Admission
+from cierzo.scheduler.plan import Admission, TokenLogprobs, unpacked_entry
 
 MAX_RUNNING = 8
 
@@ -48,6 +49,9 @@ class TableModel:
         if logit_rows is not None:
             token_ids, positions = token_ids[logit_rows], positions[logit_rows]
         return self._table[(token_ids * 31 + positions) % len(TABLE)]
+
+    def head(self, inputs: StepRows, kv: KVPool) -> Callable[[Tensor], Tensor]:
+        return partial(self.logits, inputs, kv)
 
 
 @pytest.fixture
@@ -89,15 +93,21 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
         *variety(),
         Submit(request_id=99, prompt_token_ids=[3] * 50, sampling=SamplingParams(max_tokens=5, seed=1)),
     ]
+    scored = [[token % VOCAB for token in range(3, 3 + size)] for size in (2, 9, 50)]
+    for request_id, prompt in enumerate(scored, start=100):
+        params = SamplingParams(max_tokens=3, seed=1, prompt_logprobs=request_id - 99)
+        requests.append(Submit(request_id=request_id, prompt_token_ids=prompt, sampling=params))
     for request in requests:
         core.submit(request)
     tokens: dict[tuple[int, int], list[int]] = {}
     logprobs: dict[tuple[int, int], list[object]] = {}
+    scores: dict[int, list[TokenLogprobs]] = {}
     while core.has_work():
         for delta in core.step_overlapped():
             key = (delta.request_id, delta.sample)
             tokens.setdefault(key, []).extend(delta.token_ids)
             logprobs.setdefault(key, []).extend(delta.logprobs or [])
+            scores.setdefault(delta.request_id, []).extend(map(unpacked_entry, delta.prompt_logprobs or ()))
             assert delta.finish is None or delta.finish.reason in ("stop", "length"), delta.finish
     for request in requests:
         for sample in range(request.sampling.n):
@@ -106,6 +116,12 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
             found = logprobs[request.request_id, sample]
             assert [entry.top_token_ids for entry in found] == [entry.top_token_ids for entry in expected[1]]
             assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in expected[1]])
+    for request_id, prompt in enumerate(scored, start=100):
+        assert [entry.token_id for entry in scores[request_id]] == prompt[1:]
+        for place, entry in enumerate(scores[request_id]):
+            right = TABLE[(prompt[place] * 31 + place) % len(TABLE)].log_softmax(-1)
+            assert entry.logprob == pytest.approx(right[entry.token_id].item(), abs=1e-5)
+            assert entry.top_token_ids == right.topk(request_id - 99).indices.tolist()
 
 
 def test_a_row_that_is_not_finite_is_told_when_it_is_collected(card: Card) -> None:

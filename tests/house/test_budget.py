@@ -12,7 +12,7 @@ BUDGET = {
     "engine": 5_090,
     "engine/cost": 1_200,
     "engine/frontend": 13_720,
-    "engine/gateway": 4_900,
+    "engine/gateway": 5_700,
     "engine/testing": 1_010,
     "engine/model": 1_190,
     "engine/text": 4_200,

@@ -124,7 +124,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "engine.gateway": (
         *("engine.gateway", "engine.frontend", "engine.text", "engine.messages", "engine.conversation"),
-        *("engine.settings", "engine.errors", "engine.server_process"),
+        *("engine.settings", "engine.errors", "engine.server_process", "engine.log_lines"),
     ),
     "engine.testing": (
         *("engine.testing", "engine.frontend", "engine.text", "engine.messages", "engine.errors"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+from urllib3.exceptions import HTTPError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WANTED = (
@@ -20,8 +22,24 @@ WANTED = (
     "chromium, apt install chromium-chromedriver"
 )
 PATIENCE_S = 20.0
+ANSWER_S = 60.0  # for which the driver may work on what it was told
 WIDE, PHONE = (1440, 900), (390, 844)
 T = TypeVar("T")
+
+
+class _Chrome(webdriver.Chrome):
+    """A browser whose page may hang, as by a script without end: then it is killed, lest all tests wait for it."""
+
+    def execute(self, *arguments: Any, **named: Any) -> Any:
+        """Have the driver do something."""
+        try:
+            return super().execute(*arguments, **named)
+        except HTTPError:
+            if (process := self.service.process) is not None:
+                driver = psutil.Process(process.pid)
+                for each in [*driver.children(recursive=True), driver]:
+                    each.kill()
+            raise
 
 
 class Browser:
@@ -89,8 +107,10 @@ def browser() -> Iterator[Browser]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--lang=en"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=Service(driver))
+    window = _Chrome(options=options, service=Service(driver))
+    window.command_executor.client_config.timeout = ANSWER_S
     try:
         yield Browser(window)
     finally:
-        window.quit()
+        with suppress(HTTPError):  # it was killed
+            window.quit()

@@ -120,6 +120,7 @@ export class Live {
   }
 
   push(point) {
+    if (!point) this.states = []; // "of late" begins anew behind what is not known
     this.points = [...this.points, point].slice(-KEPT);
     for (const tile of this.charts) tile.draw(this.points, this.last);
   }

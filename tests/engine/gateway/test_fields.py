@@ -90,7 +90,12 @@ WALKED = [
         names(mistral.FIMCompletionRequest, mistral.FIMCompletionStreamRequest),
         OURS | {"stream_options"},
     ),
-    ("responses", rows.RESPONSES, names(*get_args(response_create_params.ResponseCreateParams)), OURS),
+    (
+        "responses",
+        rows.RESPONSES,
+        names(*get_args(response_create_params.ResponseCreateParams), mistral.CreateResponseRequest),
+        OURS,
+    ),
     (
         "stream_options",
         rows.STREAM_OPTIONS,
@@ -120,10 +125,25 @@ WALKED = [
     ),
     ("tool", rows.TOOL, names(chat.ChatCompletionFunctionToolParam, mistral.Tool), set()),
     ("function", rows.FUNCTION, names(shared_params.FunctionDefinition, mistral.Function), set()),
-    ("reasoning", rows.REASONING, names(shared_params.Reasoning), set()),
+    (
+        "reasoning",
+        rows.REASONING,
+        names(shared_params.Reasoning, mistral.CreateResponseRequestResponsesSupportedReasoning),
+        set(),
+    ),
     ("response stream", rows.RESPONSE_STREAM, names(response_create_params.StreamOptions), {"include_usage"}),
-    ("text", rows.TEXT_FORMAT, names(responses.ResponseTextConfigParam), set()),
-    ("response tool", rows.RESPONSE_TOOL, names(responses.FunctionToolParam), set()),
+    (
+        "text",
+        rows.TEXT_FORMAT,
+        names(responses.ResponseTextConfigParam, mistral.CreateResponseRequestResponsesTextConfig),
+        set(),
+    ),
+    (
+        "response tool",
+        rows.RESPONSE_TOOL,
+        names(responses.FunctionToolParam, mistral.ResponsesFunctionTool),
+        set(),
+    ),
     ("input text", rows.INPUT_TEXT, names(responses.ResponseInputTextParam), set()),
     ("output text", rows.OUTPUT_TEXT, names(responses.ResponseOutputTextParam), set()),
     (

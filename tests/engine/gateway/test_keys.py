@@ -93,6 +93,20 @@ def test_keys_that_are_read_anew(opening, keys):
     assert house.post(CHATS, CHAT, headers=_bearer(ADMIN)).status_code == 200
 
 
+def test_a_stream_of_a_key_that_is_taken_back_ends(keyed, keys):
+    house = keyed("x" * 100, token_s=60.0)
+    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0)
+    with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
+        next(stream)
+        keys.write_text("\n".join(line for line in LINES if line != LINES[2]) + "\n", encoding="ascii")
+        house._do(house._running.server.reload)
+        with pytest.raises(openai.APIError) as ended:
+            for _ in stream:
+                pass
+    assert ended.value.code == "unauthorized"
+    assert house.frontend.streams.num_read == 0
+
+
 def test_a_gateway_does_not_let_others_in_by_a_key_of_its_own(opening, keys):
     house = opening("Hello", keys=str(keys), own_key=OWN, remote=True)
     assert house.get("/health/ready").json()["ready"]

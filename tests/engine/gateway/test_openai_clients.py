@@ -170,6 +170,7 @@ def test_log_probabilities_of_completions(either):
         (whole,) = client.completions.create(model="fake", prompt="x", logprobs=2).choices
         chunks = [*client.completions.create(model="fake", prompt="x", logprobs=2, stream=True)]
     told = whole.logprobs
+    assert "prompt_logprobs" not in whole.model_extra
     assert told.tokens == ["a", "b", "</s>"]
     assert told.token_logprobs == [-1.0] * 3
     assert told.top_logprobs[0] == {"a": -1.0, "\x00": -2.0}

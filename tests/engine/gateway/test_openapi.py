@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import httpx2
 import jsonschema
+import msgspec
 import pytest
 from http_house import CHAT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.gateway.openapi import ERROR, NEEDED, TABLES
 
 PATHS = (
@@ -67,6 +70,24 @@ def test_bodies_that_the_document_describes(told):
         assert house.post(path, {"model": "fake"}).status_code == 400
 
 
+def test_examples_are_answered_as_the_document_says(told, client):
+    house, document = told
+    for path in TABLES:
+        operation = document["paths"][path]["post"]
+        content = operation["requestBody"]["content"]["application/json"]
+        for example in content["examples"].values():
+            body = example["value"]
+            jsonschema.validate(body, content["schema"])
+            answer = client.post(house.url + path, json=body)
+            assert answer.status_code == 200, answer.text
+            kind = answer.headers["content-type"].partition(";")[0]
+            described = operation["responses"]["200"]["content"][kind]
+            assert (kind == "text/event-stream") == body.get("stream", False)
+            if kind == "application/json":
+                assert {"type", "required", "properties"} <= {*described["schema"]}
+                jsonschema.validate(answer.json(), described["schema"])
+
+
 def test_a_lenient_door_says_so(opening):
     document = opening("x", http={"lenient": True}).get("/openapi.json").json()
     schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -85,3 +106,12 @@ def test_no_body_makes_the_server_fail(told, client, data, path):
     assert answer.status_code < 500, answer.text
     if answer.status_code != 200:
         jsonschema.validate(json.loads(answer.text), ERROR)
+
+
+def test_the_documentation_names_every_endpoint_and_every_bound():
+    text = Path("docs/http.md").read_text(encoding="utf-8")
+    for path in PATHS:
+        assert path.replace("{name}", "NAME") in text, path
+    for field in msgspec.structs.fields(HttpConfig):
+        flag = field.name.replace("_", "-")
+        assert f"`{field.name}`" in text or f"--{flag}" in text, field.name

@@ -227,6 +227,19 @@ def test_blocks_of_a_text_are_told_apart(window: Browser, page: PageServer) -> N
     assert children[4].text == "Not a list: 2*3*4 and a_b_c."
 
 
+@pytest.mark.parametrize("mark", ["`", "*", "**a ", "*a", "`a``b", "- ", "# ", "1. ", "~~~\n", "` `` ``` "])
+def test_a_model_that_repeats_itself_holds_nothing_up(window: Browser, page: PageServer, mark: str) -> None:
+    """Time grows with the length; were it with its square or cube, the shorter text alone would take seconds."""
+    script = """
+        const { show } = await import("/page/text.js");
+        const began = performance.now();
+        show(document.createElement("div"), "x " + given[0]);
+        return performance.now() - began;
+    """
+    for length in (1_500, 20_000):
+        assert window.run(script, mark * (length // len(mark))) < 500
+
+
 def test_calls_are_shown_and_their_results_sent(window: Browser, page: PageServer) -> None:
     arguments = '{"place":"Zaragoza"}'
     pieces: list[Event] = [

@@ -50,6 +50,12 @@ def test_echo_without_an_answer(either):
     assert choice.logprobs.token_logprobs == [None, *_made_up()]
 
 
+def test_echo_of_nothing_is_refused(either):
+    with _client(either("xyz")) as client, pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**ECHO | {"prompt": ""})
+    assert refused.value.param == "prompt"
+
+
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_echo_in_a_stream(either, max_tokens):
     with _client(either("xyz")) as client:

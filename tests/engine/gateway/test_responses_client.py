@@ -79,3 +79,14 @@ def test_what_is_refused(asking):
     with pytest.raises(openai.BadRequestError) as refused:
         asking("x", temperature=-1.0)
     assert refused.value.param == "temperature"
+
+
+def test_log_probabilities_of_a_response_are_bounded(either, monkeypatch):
+    monkeypatch.setattr("cierzo.engine.gateway.endpoints.MAX_ENTRIES", 10)
+    house = either("x" * 100)
+    body = {"model": "fake", "input": "Hi", "store": False, "top_logprobs": 2}
+    body["include"] = ["message.output_text.logprobs"]
+    refused = house.post("/v1/responses", body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
+    last = json.loads(events_of(house.post("/v1/responses", body | {"stream": True}).text)[-1])
+    assert last["type"] == "response.failed"

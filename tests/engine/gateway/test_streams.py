@@ -14,6 +14,7 @@ import pytest
 from http_house import CHAT, MESSAGES, events_of
 
 from cierzo.engine.errors import CoreFailed
+from cierzo.engine.frontend.encoders import Late
 from cierzo.testing import ManualClock
 
 CHATS = "/v1/chat/completions"
@@ -160,14 +161,17 @@ def test_a_reader_that_does_not_read_is_bounded_and_hinders_nobody(opening):
 
 
 def test_a_reader_that_is_slow_gets_everything(opening):
-    house = opening("y" * 30_000, max_model_len=400_000, slow_reader_s=0.5, high_water_bytes=4096)
+    """It takes longer than a reader may take nothing."""
+    house = opening("y" * 30_000, max_model_len=400_000, slow_reader_s=2.0, high_water_bytes=4096)
     sock = _asked(house, CHAT | {"stream": True, "max_tokens": 30_000})
     with contextlib.closing(sock):
         heard = bytearray()
-        while not heard.endswith(b"0\r\n\r\n"):
-            heard += sock.recv(4096 if len(heard) < 400_000 else 65536)
-            if len(heard) < 400_000:
-                time.sleep(0.002)
+        while more := sock.recv(4096 if len(heard) < 1_200_000 else 65536):
+            heard += more
+            if heard.endswith(b"0\r\n\r\n"):
+                break
+            if len(heard) < 1_200_000:
+                time.sleep(0.01)
     assert heard.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     data = b"".join(line for line in heard.split(b"\r\n") if line.startswith(b"data"))
     texts = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events_of(data.decode())[:-1]]
@@ -220,3 +224,24 @@ def test_a_drain_waits_for_answers(opening):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert b"[DONE]" in _heard(sock, b"0\r\n\r\n")
     house._ask(house.frontend.drained)
+
+
+class HeldEncoder:
+    """An encoder that has no time: a long prompt waits in it for ever."""
+
+    def __init__(self, encoder):
+        self.budget = encoder.budget
+
+    def submit(self, job, body, attached, deadline_at_s, tenant=""):
+        answer = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.1, answer.set_exception, Late())
+        return answer
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deadline_that_passes_while_the_prompt_is_encoded(opening, stream):
+    house = opening("x")
+    house.frontend._arrivals._encoders = HeldEncoder(house.frontend._arrivals._encoders)
+    long = [{"role": "user", "content": "y" * 3000}]
+    answer = house.post(CHATS, CHAT | {"messages": long, "stream": stream, "deadline_s": 0.1})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
