@@ -69,6 +69,7 @@ def test_all_that_is_an_argument(rules):
         ({"max_completion_tokens": 7, "max_tokens": 7}, "max_tokens", 7),
         ({"random_seed": 7}, "seed", 7),
         ({"stop": "x"}, "stop", ("x",)),
+        ({"top_k": -1}, "top_k", 0),
         ({"logprobs": True}, "logprobs", 0),
         ({"logprobs": True, "top_logprobs": 3}, "logprobs", 3),
         ({"logprobs": False, "top_logprobs": 0}, "logprobs", None),
