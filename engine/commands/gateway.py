@@ -38,18 +38,19 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the servers' addresses, the ways to them, and the settings of the door."""
     servers = parser.add_argument_group("servers")
-    told = "a server of the model; may be repeated for several of them"
+    told = f"a server of the model (default: {FrontendConfig().address}); may be repeated for several of them"
     servers.add_argument("--rpc", action="append", metavar="HOST:PORT|unix:PATH", help=told)
     add_options(servers, Access)
     door = parser.add_argument_group("HTTP")
-    add_options(door, HttpConfig)
+    door.add_argument("--http", default=HTTP, metavar="HOST:PORT|unix:PATH", help="where to listen")
+    add_options(door, HttpConfig, skip={"http"})
     add_options(door, Gateway)
     add_options(door, FrontendConfig, skip={*FrontendConfig.__struct_fields__}.difference(OF_FRONTEND))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
-    http = HttpConfig(**{"http": HTTP, **chosen(arguments, HttpConfig)})
+    http = HttpConfig(**chosen(arguments, HttpConfig))
     http = http if http.http else msgspec.structs.replace(http, http=HTTP)
     check_http(http)
     settings = Gateway(**chosen(arguments, Gateway))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+import msgspec
+
+from cierzo.engine.checkpoint import DEMO
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.gateway.config import HttpConfig
 from cierzo.engine.launch import serve
@@ -29,4 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     limits = chosen(arguments, FrontendConfig, skip={"address"})
     http = HttpConfig(**chosen(arguments, HttpConfig))
+    if arguments.checkpoint == DEMO:  # whose folder has a name that nobody would type
+        http = msgspec.structs.replace(http, served_model_name=(*http.served_model_name, DEMO))
     return serve(engine_options(arguments, frontend=FrontendConfig(address=arguments.rpc, **limits)), http)

@@ -147,8 +147,8 @@ def make_app(house: House, backends: Backends, hosts: Collection[str] = ()) -> A
         guard,
         allow_origins=[*config.cors_origin],
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
-        expose_headers=["x-request-id", "x-should-retry", "retry-after", "retry-after-ms"],
+        allow_headers=["*"],  # clients add names of their own, as x-stainless-lang
+        expose_headers=["x-request-id", "x-passed-over", "x-should-retry", "retry-after", "retry-after-ms"],
     )
 
 

@@ -140,4 +140,5 @@ class Call:
 
 
 def _too_large(most: int, value: object) -> BodyTooLarge:
-    return BodyTooLarge(f"max_body_bytes is {most}", field="max_body_bytes", limit=most, value=value)
+    what = f"the body has {value} bytes, allowed at this path: {most}"
+    return BodyTooLarge(what, field="body", limit=most, value=value)

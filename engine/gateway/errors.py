@@ -7,13 +7,15 @@ from typing import Any
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, Draining, InvalidRequest, Overloaded
+from cierzo.engine.errors import CierzoError, Interrupted, InvalidRequest
 from cierzo.engine.frontend.retries import is_worth_repeating
 from cierzo.engine.messages import SampleEnd
 
 Headers = list[tuple[bytes, bytes]]
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 MAX_RETRY_AFTER_S = 3600
+# What the engine says of a seed, and of tokens to go on from, is for callers of the RPC.
+STOPPED = "the server stopped before the answer was complete"
 
 
 class NoSuchPath(InvalidRequest):
@@ -87,8 +89,16 @@ def unplanned(end: SampleEnd) -> CierzoError | None:
     return kind(f"{text}: {end.message}" if end.message else text, field="deadline_s" if kind is Late else None)
 
 
+def stopped() -> CierzoError:
+    """The error of an answer that is cut short by the end of this server."""
+    error = Interrupted(STOPPED)
+    error.may_have_run = True
+    return error
+
+
 def body_of(error: CierzoError) -> dict[str, Any]:
     """The JSON that tells of an error."""
+    error = stopped() if isinstance(error, Interrupted) else error
     status = error.http_status
     kind = TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
     told = {"message": error.message, "type": kind, "param": error.field, "code": error.code}
@@ -105,7 +115,7 @@ def headers_of(error: CierzoError) -> Headers:
     """Headers by which clients know whether, and when, to try again."""
     repeats = error.retry and is_worth_repeating(error) and error.may_have_run is not True
     headers = [(b"x-should-retry", b"true" if repeats else b"false")]
-    if repeats and isinstance(error, Overloaded | Draining):
+    if repeats and error.http_status in (429, 503):
         wait_s = min(error.retry_after_s or 1.0, MAX_RETRY_AFTER_S)
         headers.append((b"retry-after", b"%d" % math.ceil(wait_s)))
         headers.append((b"retry-after-ms", b"%d" % math.ceil(1000 * wait_s)))

@@ -15,10 +15,11 @@ _ONE_TIER = "the server has one tier; priority orders its requests"
 _SPECIAL = "special tokens have no text"
 _NO_CHOICE_OF_TEMPLATE = "the model's own chat template is used"
 
-SAMPLING = same(
-    *("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop", "n", "logit_bias"),
-    *("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids"),
-    *("bad_words", "allowed_token_ids", "max_thinking_tokens", "priority", "deadline_s"),
+SAMPLING = (
+    *same("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop", "n", "logit_bias"),
+    served("top_k", "top_k", "-1, as vLLM's clients say it: 0"),
+    *same("min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids"),
+    *same("bad_words", "allowed_token_ids", "max_thinking_tokens", "priority", "deadline_s"),
 )
 MODEL = served("model", note="a name of the served model; left out: that one")
 PROMPT_CACHE = table(

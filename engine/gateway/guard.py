@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.gateway.call import JSON, Call, Event, Gone, Receive, Scope, Send
-from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of
+from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of, stopped
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,11 @@ class Guard:
             await self._app(scope, receive, _told(call, send))
         except CierzoError as error:
             await _refuse(call, error)
-        except (Gone, asyncio.CancelledError):
-            pass  # nobody is there to be told; the second: the server ends, with the task that this is
+        except Gone:
+            pass
+        except asyncio.CancelledError:  # the server ends, with the task that this is
+            if not call.has_begun:
+                await _refuse(call, stopped())
         except Exception as error:
             log.exception("the request %s failed", call.request_id)
             await _refuse(call, CierzoError(f"internal error: {type(error).__name__}"))

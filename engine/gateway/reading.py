@@ -132,7 +132,7 @@ class Body:
 
     def _model(self) -> str:
         """The name by which the served model is asked for. Raises NotFound for another one."""
-        names = (self.rules.model.name, *self.rules.names)
+        names = (*self.rules.names, self.rules.model.name)
         name = self.given.get("model", names[0])
         if name in names:
             return name
@@ -154,7 +154,11 @@ class Body:
                 other = next(one for one in self.given if rows[one].argument == argument)
                 what = f"{name} and {other} say different things"
                 raise InvalidRequest(what, field=name, limit=f"as {other}, or left out", value=shown(value))
-            found[argument] = _biases(value) if argument == "logit_bias" else value
+            if argument == "logit_bias":
+                value = _biases(value)
+            elif (argument, value) == ("top_k", -1):
+                value = 0
+            found[argument] = value
             if name != argument:
                 self.places[f"sampling.{argument}"] = self.places[argument] = name
         return found

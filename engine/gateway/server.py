@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -31,9 +32,10 @@ from cierzo.engine.log_lines import BY_STRANGERS
 
 log = logging.getLogger(__name__)
 
+FAREWELL_S = 0.5  # in which whoever is cut short takes the error
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
-MAX_PIPELINED = 16  # requests of a connection that wait for the one before
+MAX_WAITING = 8  # requests of a connection that came before the one ahead of them was answered
 
 
 def _last(status: bytes, error: CierzoError, more: bytes = b"") -> bytes:
@@ -60,9 +62,8 @@ TOO_LONG = _last(
 
 
 def _by_strangers(record: logging.LogRecord) -> bool:
-    """Mark uvicorn's lines about what is no HTTP: whoever connects can cause them."""
-    if record.levelno <= logging.WARNING:
-        record.__dict__.update(BY_STRANGERS)
+    """Mark a line as caused by strangers: uvicorn writes none but about what peers send."""
+    record.is_by_strangers = True
     return True
 
 
@@ -166,8 +167,8 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = False
         if self.transport.is_closing():
             return
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise HttpParserError(f"more than {MAX_PIPELINED} requests wait")
+        if len(self.pipeline) >= MAX_WAITING:
+            raise HttpParserError(f"more than {MAX_WAITING} requests wait")
         super().on_headers_complete()
         self.flow.resume_reading()  # else nobody would see the peer go away
 
@@ -188,7 +189,7 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """It is this request's turn."""
+        """Begin with a request, whose turn it is."""
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
@@ -260,7 +261,7 @@ class HttpServer:
             timeout_keep_alive=cast(int, config.idle_s),
         )
         self.uvicorn.load()
-        logging.getLogger("uvicorn.error").addFilter(_by_strangers)  # once, however often it is said
+        logging.getLogger("uvicorn.error").addFilter(_by_strangers)
 
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError if the address is taken, or may not be served like this."""
@@ -275,7 +276,7 @@ class HttpServer:
             self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
 
     async def close(self, linger_s: float = LINGER_S) -> None:
-        """Stop listening, wait for what is open, at most `linger_s`, and drop what is left."""
+        """Stop listening, wait for what is open, at most `linger_s`, and tell what is left that it is cut short."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -284,22 +285,26 @@ class HttpServer:
             layer.abort()
         for connection in list(self.state.connections):
             connection.shutdown()
-        try:
-            async with asyncio.timeout(linger_s):
-                while self.state.connections:
-                    self._empty.clear()
-                    await self._empty.wait()
-        except TimeoutError:
-            for connection in list(self.state.connections):
-                connection.transport.abort()
+        await self._emptied(linger_s)
         tasks = list(self.state.tasks)
         for task in tasks:
             task.cancel()
+        await self._emptied(FAREWELL_S)
+        for connection in list(self.state.connections):
+            connection.transport.abort()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._house.close()
         await server.wait_closed()
         if self._socket_path is not None and os.path.exists(self._socket_path):
             os.unlink(self._socket_path)
+
+    async def _emptied(self, within_s: float) -> None:
+        """Wait until no connection is left, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self.state.connections:
+                    self._empty.clear()
+                    await self._empty.wait()
 
     def left(self) -> None:
         """A connection is gone."""

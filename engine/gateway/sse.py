@@ -12,7 +12,7 @@ from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway.answers import Events
 from cierzo.engine.gateway.call import Call
-from cierzo.engine.gateway.errors import Headers, unplanned
+from cierzo.engine.gateway.errors import Headers, stopped, unplanned
 from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import Delta, Final
 
@@ -71,6 +71,8 @@ async def stream(
             await call.end(last(finals))
         except CierzoError as error:
             await call.end(runs[0].events.fail(error))
+        except asyncio.CancelledError:  # as `HttpServer.close` does to what is still open
+            await call.end(runs[0].events.fail(stopped()))
 
 
 async def _accepted(run: Run) -> int:

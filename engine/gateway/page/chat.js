@@ -14,6 +14,7 @@ export class Chat {
     this.efforts = "";
     this.turns = []; // messages as they are sent
     this.latest = null; // the Answer to them
+    this.failed = null; // the Answer that did not come, and may be tried again until something else is sent
     this.running = null; // an AbortController
     this.question = byId("question");
     byId("ask").addEventListener("submit", (event) => {
@@ -96,6 +97,8 @@ export class Chat {
     });
     byId("turns").append(answer.element);
     this.latest?.lock(true);
+    this.failed?.lock(true);
+    this.failed = null;
     this.mark();
     byId("talk").scrollTop = byId("talk").scrollHeight;
     this.say("Answering");
@@ -113,6 +116,7 @@ export class Chat {
       this.latest = answer;
     } else {
       this.latest?.lock(false);
+      this.failed = answer;
       answer.offer("Try again", () => {
         answer.element.remove();
         this.answer(messages);

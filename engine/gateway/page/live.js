@@ -101,7 +101,9 @@ export class Live {
     this.push(null);
     if (response.status === 401) {
       this.figures("Figures are shown to whoever has a key.");
-      return this.show({ state: "asks for a key" }, ["This server asks for a key: enter it above, under “Key”."]);
+      const isGiven = "authorization" in this.headers();
+      const why = isGiven ? "This server does not know this key" : "This server asks for a key";
+      return this.show({ state: "asks for a key" }, [`${why}: enter one above, under “Key”.`]);
     }
     if (response.status === 403) {
       this.figures("This key has no right to the server’s figures.");

@@ -11,8 +11,10 @@ import pytest
 from cierzo.engine.errors import (
     ConnectionLost,
     CoreFailed,
+    CoreStalled,
     DeadlineUnreachable,
     Draining,
+    Interrupted,
     InvalidRequest,
     Overloaded,
     Unauthorized,
@@ -107,7 +109,8 @@ def test_a_first_token_that_the_text_lacks_takes_no_room(words):
         (Overloaded("x"), b"true", b"1000"),
         (DeadlineUnreachable("x"), b"false", None),
         (CoreFailed("x"), b"true", None),
-        (ConnectionLost("x"), b"true", None),
+        (CoreStalled("x"), b"true", b"1000"),
+        (ConnectionLost("x"), b"true", b"1000"),
         (InvalidRequest("x"), b"false", None),
         (Unauthorized("x"), b"false", None),
     ],
@@ -123,6 +126,17 @@ def test_an_answer_that_may_have_run_is_not_asked_for_again_by_itself():
     error = ConnectionLost("x")
     error.may_have_run = True
     assert dict(headers_of(error))[b"x-should-retry"] == b"false"
+
+
+def test_an_answer_that_is_interrupted_is_told_without_what_only_the_rpc_can_go_on_from():
+    error = Interrupted("it goes on elsewhere, with this seed", field="seed", value=17)
+    told = body_of(error)["error"]
+    assert told == {
+        "message": "the server stopped before the answer was complete",
+        "type": "server_error",
+        "param": None,
+        "code": "interrupted",
+    }
 
 
 def test_an_error_in_openais_shape():

@@ -41,7 +41,8 @@ def message(rules, **body):
 def test_a_plain_body(rules):
     asked = read(rules)
     assert asked.arguments == {"messages": HI, "max_tokens": 4096, "deltas": False}
-    assert (asked.endpoint, asked.model, asked.stream, asked.logprobs) == ("chat", "small4", False, None)
+    assert (asked.endpoint, asked.stream, asked.logprobs) == ("chat", False, None)
+    assert asked.model == "mistral-small-latest"  # the first of its names
     assert asked.passed_over == ()
     assert asked.given == {"messages": HI}
 
@@ -68,6 +69,7 @@ def test_all_that_is_an_argument(rules):
         ({"max_completion_tokens": 7, "max_tokens": 7}, "max_tokens", 7),
         ({"random_seed": 7}, "seed", 7),
         ({"stop": "x"}, "stop", ("x",)),
+        ({"top_k": -1}, "top_k", 0),
         ({"logprobs": True}, "logprobs", 0),
         ({"logprobs": True, "top_logprobs": 3}, "logprobs", 3),
         ({"logprobs": False, "top_logprobs": 0}, "logprobs", None),
@@ -243,7 +245,7 @@ def test_what_is_refused(body, field, words):
 
 
 def test_another_model_is_not_found(rules):
-    with pytest.raises(NotFound, match="there is no model 'gpt-5'; served: small4, mistral-small-latest") as caught:
+    with pytest.raises(NotFound, match="there is no model 'gpt-5'; served: mistral-small-latest, small4") as caught:
         read(rules, model="gpt-5")
     assert (caught.value.field, caught.value.http_status) == ("model", 404)
 

@@ -109,3 +109,12 @@ def test_packages_that_are_missing_are_named(monkeypatch, capsys):
     monkeypatch.setattr("cierzo.engine.gateway.config.find_spec", lambda name: None)
     assert main(["gateway"]) == 2
     assert "starlette, uvicorn, httptools is not installed" in capsys.readouterr().err
+
+
+def test_the_demo_is_called_demo_too(monkeypatch, checkpoint):
+    served = []
+    monkeypatch.setattr("cierzo.engine.commands.serve.serve", lambda options, http: served.append(http) or 0)
+    monkeypatch.setattr("cierzo.engine.options.checkpoint_folder", lambda name: str(checkpoint))
+    assert main(["serve", "demo", "--served-model-name", "small"]) == 0
+    assert main(["serve", str(checkpoint)]) == 0
+    assert [http.served_model_name for http in served] == [("small", "demo"), ()]

@@ -79,7 +79,7 @@ def test_few_requests_wait_for_their_turn(opening):
         sock.sendall(_post(CHAT | {"stream": True}))
         _heard(sock, b'"role"')
         with contextlib.suppress(ConnectionError):
-            sock.sendall((GET + b"\r\n") * (server.MAX_PIPELINED + 1))
+            sock.sendall((GET + b"\r\n") * (server.MAX_WAITING + 1))
         _until(lambda: not house.door.state.connections)
     _until(lambda: not house.core.running)
     _until(lambda: not house.door.state.tasks)

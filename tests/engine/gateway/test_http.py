@@ -123,16 +123,20 @@ def test_a_header_that_is_there_twice(house):
 
 def test_pages_of_other_sites_may_not_call_unless_they_are_named(opening):
     house = opening("x", http={"cors_origin": ("https://mine.example",)})
-    asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    named = "content-type, x-stainless-retry-count"  # of OpenAI's own clients, which a page may have
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": named}
     import httpx2
 
     def asked(origin):
         return httpx2.options(house.url + CHATS, headers={"origin": origin, **asks})
 
-    assert asked("https://mine.example").headers["access-control-allow-origin"] == "https://mine.example"
+    allowed = asked("https://mine.example")
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://mine.example")
+    assert "x-stainless-retry-count" in allowed.headers["access-control-allow-headers"]
     assert "access-control-allow-origin" not in asked("https://other.example").headers
     answer = house.post(CHATS, CHAT, headers={"origin": "https://mine.example"})
     assert answer.headers["access-control-allow-origin"] == "https://mine.example"
+    assert "x-passed-over" in answer.headers["access-control-expose-headers"]
 
 
 # --- bodies --------------------------------------------------------------------------------------------------

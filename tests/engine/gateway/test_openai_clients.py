@@ -194,7 +194,8 @@ def test_models(either):
         assert [model.id for model in client.models.list()] == ["alias", "fake"]
         assert client.models.retrieve("fake").max_model_len == 4096
         assert _chat(client, model="alias").model == "alias"
-        with pytest.raises(openai.NotFoundError, match="served: fake, alias"):
+        assert client.post("/chat/completions", body={"messages": MESSAGES}, cast_to=dict)["model"] == "alias"
+        with pytest.raises(openai.NotFoundError, match="served: alias, fake"):
             _chat(client, model="gpt")
         with pytest.raises(openai.NotFoundError, match="served: alias, fake"):
             client.models.retrieve("gpt")

@@ -276,6 +276,15 @@ def test_the_key_is_asked_for_and_kept_nowhere(window: Browser, page: PageServer
     window.shows("#notes", "asks for a key")
 
 
+def test_a_key_that_is_not_known_is_told_apart_from_none(window: Browser, page: PageServer) -> None:
+    page.key = "sesame"
+    window.open(page.url)
+    window.shows("#notes", "asks for a key")
+    window.one("#key-box summary").click()
+    window.one("#key").send_keys("simsim", Keys.ENTER)
+    window.shows("#notes", "does not know this key")
+
+
 def test_who_may_not_see_figures_may_chat(window: Browser, page: PageServer) -> None:
     page.status = 403
     window.open(page.url)

@@ -361,6 +361,20 @@ def test_a_refusal_is_told_and_can_be_tried_again(window: Browser, page: PageSer
     assert len(window.all(".told")) == 1
 
 
+def test_a_question_ends_the_offer_to_try_the_one_before_again(window: Browser, page: PageServer) -> None:
+    """Two answers at once could not be stopped both, and the turns of one would be lost."""
+    rest = threading.Event()
+    page.answers += [JSONResponse({"error": {"message": "no"}}, 503), [chunk(content="Two"), rest, *said(".")]]
+    ask(window, "First?")
+    window.shows(".told", "Try again")
+    ask(window, "Second?")
+    window.shows(".told:last-child .text", "Two")
+    assert "Try again" not in window.text("#turns")
+    rest.set()
+    window.shows(".told:last-child .text", "Two.")
+    assert len(page.asked) == 2
+
+
 def test_an_answer_of_somebody_else_is_told_by_its_status(window: Browser, page: PageServer) -> None:
     page.answers.append(JSONResponse("bad gateway", 502))
     ask(window, "Go")

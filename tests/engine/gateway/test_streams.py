@@ -15,6 +15,7 @@ from http_house import CHAT, MESSAGES, events_of
 
 from cierzo.engine.errors import CoreFailed
 from cierzo.engine.frontend.encoders import Late
+from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway.joining import Joining
 from cierzo.testing import ManualClock
 
@@ -94,6 +95,23 @@ def test_an_end_of_the_server_ends_streams_with_an_error(opening):
         rest = _heard(sock, b"0\r\n\r\n")
     assert b'"code":"interrupted"' in rest
     assert b"[DONE]" not in rest
+
+
+def test_an_end_of_the_door_tells_whoever_still_waits(either, caplog):
+    """A gateway that ends cannot have the server tell it."""
+    house = either("x" * 100, token_s=60.0)
+    stream, whole = _asked(house, CHAT | {"stream": True}), _asked(house, CHAT)
+    with contextlib.closing(stream), contextlib.closing(whole):
+        _heard(stream, b'"x"')
+        _until(lambda: _num_running(house) == 2)
+        house._ask(lambda: house.door.close(0.0))
+        rest, told = _heard(stream, b"0\r\n\r\n"), _heard(whole, b"}}")
+    assert b'"code":"interrupted"' in rest
+    assert b"[DONE]" not in rest
+    assert b" 503 " in told
+    assert b"x-should-retry: false" in told
+    assert b"the server stopped before the answer was complete" in told
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -192,21 +210,26 @@ def test_all_that_an_answer_repeats_counts(opening, body):
 
 def test_log_probabilities_that_come_at_once_do_not_hold_the_loop(opening, monkeypatch):
     """Each delta of them takes a while to write: others have their turn between them."""
-    house, turns = opening("x", max_model_len=60_000), []
-    add = Joining._add
+    house, turns, turns_at = opening("x", max_model_len=60_000), [], []
+    add, next_batch = Joining._add, Generation.next_batch
+
+    async def all_at_once(self):
+        found = []
+        while deltas := await next_batch(self):
+            found += deltas
+        return found
 
     def noted(self, delta):
         asyncio.get_running_loop().call_soon(turns.append, None)
-        num_turns = len(turns)
+        turns_at.append(len(turns))
         add(self, delta)
-        turns_at.append(num_turns)
 
-    turns_at: list[int] = []
+    monkeypatch.setattr(Generation, "next_batch", all_at_once)
     monkeypatch.setattr(Joining, "_add", noted)
     body = {"prompt": "y" * 20_000, "echo": True, "logprobs": 5, "max_tokens": 1}
     assert house.post("/v1/completions", body, timeout=60).status_code == 200
     assert len(turns_at) >= 4
-    assert len(set(turns_at)) >= len(turns_at) - 2
+    assert len(set(turns_at)) >= len(turns_at) - 1
 
 
 def test_many_streams_at_once(either):

@@ -21,3 +21,4 @@ def test_bodies_about_words_are_short(either):
     house = either("x")
     refused = house.post("/tokenize", {"prompt": "x" * 2_000_000})
     assert (refused.status_code, refused.json()["error"]["limit"]) == (413, str(1024 * 1024))
+    assert refused.json()["error"]["message"].endswith("bytes, allowed at this path: 1048576")  # no setting
