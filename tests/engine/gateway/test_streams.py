@@ -228,8 +228,8 @@ def test_log_probabilities_that_come_at_once_do_not_hold_the_loop(opening, monke
     monkeypatch.setattr(Joining, "_add", noted)
     body = {"prompt": "y" * 20_000, "echo": True, "logprobs": 5, "max_tokens": 1}
     assert house.post("/v1/completions", body, timeout=60).status_code == 200
-    assert len(turns_at) >= 4
-    assert len(set(turns_at)) >= len(turns_at) - 1
+    assert len(turns_at) >= 50
+    assert len(set(turns_at)) > len(turns_at) / 10
 
 
 def test_many_streams_at_once(either):
