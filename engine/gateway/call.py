@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
+from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.pool import Pool
 from cierzo.engine.gateway.backend import Backend
@@ -64,6 +65,10 @@ class Call:
     async def read(self, most: int, arriving: Pool) -> None:
         """Read the body, of so many bytes at most. arriving: what all long bodies count in. Raises WrongMediaType
         for what is no plain JSON, BodyTooLarge, Overloaded, and Gone if the caller goes away."""
+        if "upgrade" in self.field(b"connection").lower() and (wanted := self.field(b"upgrade")):
+            limit = "left out"  # the parser takes what comes behind the head for the other protocol, not for a body
+            what = f"no upgrade to {wanted[:100]} is served: have the client speak HTTP/1.1"
+            raise InvalidRequest(what, field="upgrade", limit=limit, value=wanted)
         kind = self.field(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
             what = f"the body must be application/json, and is {kind or 'of no media type'}"

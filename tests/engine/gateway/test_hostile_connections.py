@@ -140,6 +140,15 @@ def test_no_request_is_told_as_all_errors_are(opening):
         assert b"\r\nretry-after: 1\r\n" in heard
 
 
+def test_an_upgrade_is_refused_by_its_name(house):
+    """Clients that try HTTP/2 first send one with a body, which the parser does not tell."""
+    data = json.dumps(CHAT).encode()
+    more = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(data)
+    with _connected(house) as sock:
+        sock.sendall(POST + KIND + more + data)
+        assert _error(_heard(sock, b"}}"))["param"] == "upgrade"
+
+
 ENDLESS = b"y" * 300_000
 
 
