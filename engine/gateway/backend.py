@@ -28,6 +28,11 @@ class Caller(msgspec.Struct, frozen=True):
 class Backend(Protocol):
     """The engine, for one HTTP request of one tenant. Whoever has it closes it when the request is over."""
 
+    @property
+    def tenant(self) -> str:
+        """Whose request it is: what is shared is shared between these."""
+        ...
+
     def generate(self, **arguments: Unpack[GenerateArguments]) -> Generation:
         """Ask for an answer; as `Client.generate`."""
         ...

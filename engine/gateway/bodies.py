@@ -8,9 +8,10 @@ front end hands on to its encoders unread.
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError, Overloaded
 from cierzo.engine.frontend.arguments import generate_message
+from cierzo.engine.frontend.job_queue import JobQueue
 from cierzo.engine.gateway.asked import Asked, Rules, in_body, read_chat, read_completions, read_fim, read_responses
 from cierzo.engine.gateway.reading import Endpoint
 from cierzo.engine.server_process import end_with_parent
@@ -43,24 +45,56 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return n if type(n) is int and n > 0 else 1
 
 
+class Turn:
+    """A long body that waits for the process. tenant: whose it is."""
+
+    __slots__ = ("is_due", "num_bytes", "rank", "tenant")
+
+    def __init__(self, tenant: str, num_bytes: int) -> None:
+        self.tenant = tenant
+        self.num_bytes = num_bytes
+        self.rank = float(num_bytes)
+        self.is_due = asyncio.Event()
+
+
 class Bodies:
-    """Reads bodies. `close` it."""
+    """Reads bodies; tenants take turns with long ones. `close` it."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
+        self._waiting = JobQueue[Turn]()
+        self._reading: Turn | None = None
 
     async def read(
-        self, endpoint: Endpoint, body: bytes, rules: Rules, named: Mapping[str, str], *, packs: bool
+        self, endpoint: Endpoint, body: bytes, rules: Rules, named: Mapping[str, str], *, packs: bool, tenant: str
     ) -> list[Request]:
         """The requests of a body, one for each prompt. named: arguments that the head of the request gives. packs:
         whether long ones are to come as messages. Raises InvalidRequest and NotFound, as the readers do."""
         if len(body) <= INLINE_BYTES:
             return requests_of(endpoint, body, rules, named)
-        read = packed_requests_of if packs else requests_of
+        turn = Turn(tenant, len(body))
+        self._waiting.add(turn)
+        try:
+            if self._reading is None:
+                self._next()
+            await turn.is_due.wait()
+            return await self._read(packed_requests_of if packs else requests_of, endpoint, body, rules, named)
+        finally:
+            self._waiting.discard(turn)
+            if self._reading is turn:
+                self._next()
+
+    def _next(self) -> None:
+        """Let the next body be read."""
+        self._reading = self._waiting.take(math.inf)
+        if self._reading is not None:
+            self._reading.is_due.set()
+
+    async def _read(self, read: Callable[..., list[Request]], *given: Any) -> list[Request]:
         for _ in range(2):
             try:
                 pool = self._started()
-                return await asyncio.get_running_loop().run_in_executor(pool, read, endpoint, body, rules, named)
+                return await asyncio.get_running_loop().run_in_executor(pool, read, *given)
             except BrokenExecutor:  # somebody has killed it, or the machine had no memory for it
                 self.close()
         raise Overloaded("the process that reads long bodies has died", field="body", retry_after_s=1.0)

@@ -127,6 +127,11 @@ class Desk:
         self._timer: asyncio.TimerHandle | None = None
         self._is_connected = False
 
+    @property
+    def tenant(self) -> str:
+        """The name of the caller's tenant."""
+        return self.access.tenant.name
+
     # --- Backend ---------------------------------------------------------------------------------------
 
     def generate(self, **arguments: Unpack[GenerateArguments]) -> Generation:

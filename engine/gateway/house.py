@@ -64,8 +64,8 @@ class House:
         rules, named = await self.rules(call.engine), {"caller_id": call.request_id}
         if TRACEPARENT.fullmatch(traceparent := call.field(b"traceparent")):
             named["traceparent"] = traceparent
-        packs = isinstance(call.engine, Packing)
-        found = await self._bodies.read(endpoint, call.body, rules, named, packs=packs)
+        packs, tenant = isinstance(call.engine, Packing), call.engine.tenant
+        found = await self._bodies.read(endpoint, call.body, rules, named, packs=packs, tenant=tenant)
         call.forget(self.arriving)
         call.pass_over(found[0].asked.passed_over)
         return found

@@ -111,7 +111,7 @@ class Remote:
             if isinstance(error, CierzoError):
                 self._failed(digest, kept, error)
             raise
-        return RemoteDesk(self, kept, client)
+        return RemoteDesk(self, kept, client, digest.hex())  # a gateway knows keys alone
 
     def left(self, kept: Kept) -> None:
         """A request is over."""
@@ -165,9 +165,10 @@ class Remote:
 class ClientDesk:
     """The engine for one request, by a client."""
 
-    __slots__ = ("_client", "_generations")
+    __slots__ = ("_client", "_generations", "tenant")
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, tenant: str = "") -> None:
+        self.tenant = tenant
         self._client = client
         self._generations: list[Generation] = []
 
@@ -221,8 +222,8 @@ class RemoteDesk(ClientDesk):
 
     __slots__ = ("_kept", "_owner")
 
-    def __init__(self, owner: Remote, kept: Kept, client: Client) -> None:
-        super().__init__(client)
+    def __init__(self, owner: Remote, kept: Kept, client: Client, tenant: str) -> None:
+        super().__init__(client, tenant)
         self._owner = owner
         self._kept: Kept | None = kept
 

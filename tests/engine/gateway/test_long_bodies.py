@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
 from http_house import CHAT, die
 
 from cierzo.engine.errors import InvalidRequest, Overloaded
+from cierzo.engine.gateway import bodies as long_bodies
 from cierzo.engine.gateway.asked import Rules
 from cierzo.engine.gateway.bodies import INLINE_BYTES, Bodies, packed_requests_of, requests_of
 from cierzo.engine.messages import Generate
@@ -98,7 +102,7 @@ def test_packed_requests_say_the_same(endpoint, body):
 async def _read(bodies, text=LONG):
     body = json.dumps(_long(text)).encode()
     assert len(body) > INLINE_BYTES
-    return await bodies.read("chat", body, RULES, {}, packs=True)
+    return await bodies.read("chat", body, RULES, {}, packs=True, tenant="t")
 
 
 def test_the_process_is_another_one_and_is_replaced_when_it_dies(run):
@@ -112,7 +116,7 @@ def test_the_process_is_another_one_and_is_replaced_when_it_dies(run):
             process.join()
             assert (await _read(bodies))[0].packed
             with pytest.raises(InvalidRequest):
-                await bodies.read("chat", b"[" * INLINE_BYTES * 2, RULES, {}, packs=True)
+                await bodies.read("chat", b"[" * INLINE_BYTES * 2, RULES, {}, packs=True, tenant="t")
         finally:
             bodies.close()
 
@@ -126,7 +130,7 @@ def test_a_process_that_dies_of_every_body(run, monkeypatch):
         bodies = Bodies()
         try:
             with pytest.raises(Overloaded, match="has died"):
-                await bodies.read("chat", b"x" * INLINE_BYTES * 2, RULES, {}, packs=True)
+                await bodies.read("chat", b"x" * INLINE_BYTES * 2, RULES, {}, packs=True, tenant="t")
         finally:
             bodies.close()
 
@@ -139,3 +143,34 @@ def test_long_bodies_that_come_are_bounded_together(opening):
     assert (full.status_code, full.json()["error"]["param"]) == (429, "max_arriving_bytes")
     for _ in range(3):  # and what was counted is given back
         assert house.post(CHATS, _long(), timeout=60).status_code == 200
+
+
+def test_tenants_take_turns_with_long_bodies(monkeypatch, run):
+    order, gate = [], threading.Event()
+
+    def read(endpoint, body, rules, named):
+        gate.wait()
+        order.append(body[:1])
+        return []
+
+    monkeypatch.setattr(long_bodies, "requests_of", read)
+
+    async def body():
+        reader = Bodies()
+        reader._pool = ThreadPoolExecutor(1)
+
+        def asked(letter, tenant, num_bytes=2 * INLINE_BYTES):
+            data = letter * num_bytes
+            return asyncio.ensure_future(reader.read("chat", data, None, {}, packs=False, tenant=tenant))
+
+        tasks = [asked(b"a", "many") for _ in range(4)]
+        await asyncio.sleep(0)
+        gone, last = asked(b"x", "many", INLINE_BYTES + 1), asked(b"b", "one")
+        await asyncio.sleep(0)
+        gone.cancel()
+        gate.set()
+        await asyncio.gather(*tasks, last)
+        assert order == [b"a", b"b", b"a", b"a", b"a"]
+        reader.close()
+
+    run(body())
