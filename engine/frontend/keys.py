@@ -160,6 +160,14 @@ class Door:
             raise Unauthorized("this server wants a key that it knows", field="key", limit="one that is known")
         return found
 
+    def again(self, visitor: Visitor, access: Access) -> Access:
+        """The access of somebody who has come, now that keys may have changed. Raises Unauthorized if it is
+        nobody's now, or another tenant's."""
+        found = self.access(visitor)
+        if found.tenant.name != access.tenant.name:
+            raise Unauthorized("this key is of another tenant now", field="key", limit="a new connection")
+        return found
+
     def reload(self) -> bool:
         """Read the file anew; False, and a line in the log, if it is wrong: what was in force stays so."""
         if not self._path:

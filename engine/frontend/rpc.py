@@ -11,13 +11,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import msgspec
 
 from cierzo import __version__
-from cierzo.engine.errors import CierzoError, ProtocolError, Unauthorized, refusal
+from cierzo.engine.errors import CierzoError, ProtocolError, refusal
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
@@ -43,14 +43,6 @@ log = logging.getLogger(__name__)
 
 LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
-
-
-class Visiting(Protocol):
-    """Whoever came in by a key."""
-
-    def look_again(self, door: Door) -> None:
-        """The keys have changed: end what is nobody's now, or another one's."""
-        ...
 
 
 class Connection(asyncio.Protocol):
@@ -146,14 +138,10 @@ class Connection(asyncio.Protocol):
         if not self._welcomed or self._ending:
             return
         try:
-            access = door.access(self.visitor)
-            if access.tenant.name != self.access.tenant.name:
-                raise Unauthorized("this key is of another tenant now", field="key", limit="a new connection")
+            self.access = door.again(self.visitor, self.access)
         except CierzoError as error:
             log.warning("a connection from %s is closed: %s", self.peer, error.message)
             self._end(error)
-        else:
-            self.access = access
 
     def hold(self) -> None:
         """Read no more from the peer: what came waits for its turn."""
@@ -373,6 +361,14 @@ class Connection(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
 
 
+class Visit(Protocol):
+    """Somebody who has come in by a key, and is still there."""
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end it if it is nobody's now, or another tenant's."""
+        ...
+
+
 class RpcServer:
     """Listens, and keeps the set of connections."""
 
@@ -387,7 +383,7 @@ class RpcServer:
         self.deaf: Expiry[Connection] = Expiry(config.slow_reader_s, time.monotonic, Connection.look)
         self.address = config.address
         self._connections: set[Connection] = set()
-        self.others: Callable[[], Iterable[Visiting]] = tuple  # who came in by the same door, another way
+        self.visits: set[Visit] = set()  # that came by another door, with the same keys
         self._num_refused = 0  # of these, those past `max_connections`
         self._server: asyncio.Server | None = None
         self.tls: Tls | None = None
@@ -420,8 +416,8 @@ class RpcServer:
             self.tls.reload()
         if self.door.reload():
             self._arrange()
-            for connection in [*self._connections, *self.others()]:
-                connection.look_again(self.door)
+            for visit in (*self._connections, *self.visits):
+                visit.look_again(self.door)
 
     async def close(self) -> None:
         """Stop listening, send every connection what is left for it, and wait until they are gone: at most

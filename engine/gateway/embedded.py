@@ -8,12 +8,13 @@ read there it is their `Link`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Unpack, cast
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, Forbidden, Overloaded, Unauthorized
+from cierzo.engine.errors import CierzoError, ConnectionLost, Forbidden, Overloaded
 from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -58,6 +59,8 @@ from cierzo.engine.messages import (
 )
 from cierzo.engine.text.prompt import PromptEncoder
 
+log = logging.getLogger(__name__)
+
 FEATURES = frozenset(
     (ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "prompt_logprobs", "tokenize", "trace")
 )
@@ -79,9 +82,8 @@ class Embedded:
         self.prompts = prompts
         self.credit_part = max(1, server.config.stream_credit_bytes // DELTA_HEAP // CREDIT_PARTS)
         self.metrics = metrics
-        self.desks: set[Desk] = set()  # with something open
+        self.visits = server.visits
         self._door: Door = server.door
-        server.others = lambda: [*self.desks]
         self._spellings = {token_id: word.encode() for word, token_id in prompts.special_ids.items()}
 
     async def admit(self, caller: Caller) -> Desk:
@@ -107,17 +109,18 @@ class Desk:
 
     __slots__ = (
         *("__weakref__", "_calls", "_house", "_inboxes", "_is_connected", "_num_asked", "_num_generated", "_timer"),
-        *("access", "features", "is_paused", "loop", "peer", "visitor"),
+        "_visitor",
+        *("access", "features", "is_paused", "loop", "peer"),
     )
 
     def __init__(self, house: Embedded, access: Access, visitor: Visitor, peer: str) -> None:
         self.features = FEATURES
         self.access = access
-        self.visitor = visitor
         self.peer = peer
         self.is_paused = False
         self.loop = asyncio.get_running_loop()
         self._house = house
+        self._visitor = visitor
         self._inboxes: dict[int, Inbox] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._num_generated = self._num_asked = 0
@@ -206,34 +209,25 @@ class Desk:
         """The request is over: what still runs of it is cancelled."""
         if self._is_connected:
             self._is_connected = False
+            self._house.visits.discard(self)
             if self._timer is not None:
                 self._timer.cancel()
-            self._house.desks.discard(self)
             self._house.frontend.disconnect(self)
-
-    def look_again(self, door: Door) -> None:
-        """The keys have changed: end what is nobody's now, or another one's."""
-        try:
-            access = door.access(self.visitor)
-            if access.tenant.name != self.access.tenant.name:
-                raise Unauthorized("this key is of another tenant now", field="key", limit="a new request")
-        except CierzoError as error:
-            for inbox in [*self._inboxes.values()]:
-                inbox.put(error)
-            self._inboxes.clear()
-            for call in self._calls.values():
-                if not call.done():
-                    call.set_exception(error)
-            self.close()
-        else:
-            self.access = access
 
     def _connect(self) -> None:
         """Count as a connection from now on. Raises Overloaded for one too many."""
         if not self._is_connected:
             self._house.frontend.connect(self)
-            self._house.desks.add(self)
+            self._house.visits.add(self)
             self._is_connected = True
+
+    def look_again(self, door: Door) -> None:
+        """The keys have changed: end what is under way if it is nobody's now, or another tenant's."""
+        try:
+            self.access = door.again(self._visitor, self.access)
+        except CierzoError as error:
+            log.warning("a request from %s is ended: %s", self.peer, error.message)
+            self._end(error)
 
     # --- Sink ------------------------------------------------------------------------------------------
 
@@ -275,7 +269,17 @@ class Desk:
 
     def drop(self) -> None:
         """Nothing more is to be had from the front end."""
+        self._end(ConnectionLost("the server ended the answer in the middle"))
+
+    def _end(self, error: CierzoError) -> None:
+        """End all that is under way, and tell those who wait for it."""
+        inboxes, self._inboxes = self._inboxes, {}
         self.close()
+        for inbox in inboxes.values():
+            inbox.put(error)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
 
     def _take(self, delta: Delta) -> None:
         inbox = self._inboxes[delta.stream]

@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     events: Callable[[Told], Events]
 
 
+MANY_SAMPLES = 128  # of one prompt
 CHAT = Kind("chat.completion", "chat.completion.chunk", "chatcmpl", answers.ChatEvents)
 TEXT = Kind("text_completion", "text_completion", "cmpl", answers.CompletionEvents)
 KINDS: dict[Endpoint, Kind] = {"chat": CHAT, "completions": TEXT, "fim": CHAT}
@@ -65,6 +66,7 @@ async def _answer(house: House, call: Call, kind: Kind, requests: list[Request])
         generations.append(ask(call.engine, request))
         if number % PROMPTS_AT_ONCE == 0:
             await asyncio.sleep(0)  # other callers have their turns
+    await _not_too_many(requests, generations)
     if first.stream:
         runs = _runs(house, call, kind, head, requests, prompts, generations)
         await stream(call, runs, partial(_last, head, first.include_usage, runs), house.config.comment_s)
@@ -85,6 +87,16 @@ async def _answer(house: House, call: Call, kind: Kind, requests: list[Request])
     finally:
         for each in joining:
             each.close()
+
+
+async def _not_too_many(requests: Sequence[Request], generations: Sequence[Generation]) -> None:
+    """Raise the refusal of more samples than the engine makes, before there is room made for each."""
+    for request, generation in zip(requests, generations, strict=True):
+        if request.num_samples > MANY_SAMPLES:
+            try:
+                await generation.accepted()
+            except CierzoError as error:
+                raise in_body(error, request.asked) from error
 
 
 async def _prompt(house: House, call: Call, request: Request) -> Prompt:

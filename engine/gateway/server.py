@@ -10,10 +10,12 @@ import time
 from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from httptools import HttpParserError
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import CierzoError, ConfigError, InvalidRequest, Overloaded
 from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
@@ -23,6 +25,7 @@ from cierzo.engine.frontend.tls_layer import TlsLayer
 from cierzo.engine.gateway.app import make_app
 from cierzo.engine.gateway.backend import Backends
 from cierzo.engine.gateway.config import HttpConfig
+from cierzo.engine.gateway.errors import encoded
 from cierzo.engine.gateway.guard import allowed_hosts
 from cierzo.engine.gateway.house import House
 from cierzo.engine.log_lines import BY_STRANGERS
@@ -32,26 +35,52 @@ log = logging.getLogger(__name__)
 FAREWELL_S = 0.5  # in which whoever is cut short takes the error
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
-MAX_PIPELINED = 16  # requests of a connection that wait for the one before
-TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+MAX_WAITING = 8  # requests of a connection that came before the one ahead of them was answered
+
+
+def _last(status: bytes, error: CierzoError, more: bytes = b"") -> bytes:
+    """An answer after which the connection is closed."""
+    body = encoded(error)
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%bconnection: close\r\n\r\n"
+    return head % (status, len(body), more) + body
+
+
+NO_HTTP = _last(b"400 Bad Request", InvalidRequest("this is no request of HTTP/1.1", field="request"))
+TOO_MANY = _last(
+    b"503 Service Unavailable",
+    Overloaded("max_connections are open", field="max_connections", retry_after_s=1.0),
+    b"retry-after: 1\r\n",
+)
+TOO_LONG = _last(
+    b"431 Request Header Fields Too Large",
+    InvalidRequest(
+        f"a head has at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} fields",
+        field="headers",
+        limit=f"{MAX_HEAD_BYTES} bytes, {MAX_HEADERS} fields",
+    ),
+)
 
 
 def _by_strangers(record: logging.LogRecord) -> bool:
-    """Mark uvicorn's lines about what is no HTTP: whoever connects can cause them."""
-    if record.levelno <= logging.WARNING:
-        record.__dict__.update(BY_STRANGERS)
+    """Mark a line as caused by strangers: uvicorn writes none but about what peers send."""
+    record.is_by_strangers = True
     return True
 
 
 class Connection(HttpToolsProtocol):
-    """A connection of HTTP. Heads are bounded, in length and in time; who takes nothing for long is dropped."""
+    """A connection of HTTP. Heads are bounded, in length and in time; who takes nothing for long is dropped.
+
+    Requests may follow each other unasked, a few at a time: each is begun when the one before has been answered.
+    """
 
     def __init__(self, owner: HttpServer) -> None:
         super().__init__(owner.uvicorn, owner.state, {})
         self._owner = owner
         self._head_bytes = 0
+        self._idle_bytes = 0  # that came since what they are part of began, or since some of a body came
         self._unread = 0
+        self._is_in_head = False
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A peer has connected; it has `request_timeout_s` for its first request."""
@@ -81,18 +110,44 @@ class Connection(HttpToolsProtocol):
         self._owner.stuck.discard(self)
         if self.transport is not None:
             super().connection_lost(exc)
+            self.pipeline.clear()
+            if self._running is not None:  # it may not be the last one, which is all that uvicorn tells
+                self._running.disconnected = True
+                self._running.message_event.set()
         self._owner.left()
 
     def data_received(self, data: bytes) -> None:
-        """Take what came."""
-        if self.transport is not None and not self.transport.is_closing():
-            super().data_received(data)
+        """Take what came. Also what is no beginning of a request yet, as empty lines, is to become one in time."""
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self._is_idle and self not in self._owner.arriving:
+            self._owner.arriving.add(self)
+        self._idle_bytes += len(data)
+        super().data_received(data)
+        if self._idle_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._end(TOO_LONG)  # of a field that has not ended, nobody else knows how long it is
+
+    @property
+    def _is_idle(self) -> bool:
+        """Nothing is being answered."""
+        return self._running is None or self._running.response_complete
+
+    def send_400_response(self, msg: str) -> None:
+        """End a connection on which something else than HTTP came."""
+        self._end(NO_HTTP)
+
+    def _end(self, last: bytes) -> None:
+        """Close the connection, after this answer; in the middle of another one without a word."""
+        if self._is_idle:
+            self.transport.write(last)
+            self.transport.close()
+        else:
+            self.transport.abort()
 
     def on_message_begin(self) -> None:
-        """A request begins. A few may come before they are answered: each takes memory."""
-        self._head_bytes = 0
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self.transport.abort()
+        """A request begins."""
+        self._head_bytes = self._idle_bytes = 0
+        self._is_in_head = True
         self._owner.arriving.add(self)
         super().on_message_begin()
 
@@ -102,25 +157,41 @@ class Connection(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
+        """Take a header. What comes behind a body is none: no proxy that looks at heads has seen it."""
         self._measure(len(name) + len(value))
-        super().on_header(name, value)
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is there."""
-        if not self.transport.is_closing():
-            super().on_headers_complete()
+        self._is_in_head = False
+        if self.transport.is_closing():
+            return
+        if len(self.pipeline) >= MAX_WAITING:
+            raise HttpParserError(f"more than {MAX_WAITING} requests wait")
+        super().on_headers_complete()
+        self.flow.resume_reading()  # else nobody would see the peer go away
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
-        if not self.transport.is_closing():
-            super().on_body(body)
+        self._idle_bytes = 0
+        if self.transport.is_closing():
+            return
+        super().on_body(body)
+        if self.pipeline and len(self.cycle.body) > HIGH_WATER_LIMIT:
+            raise HttpParserError("a long body comes before its turn")
 
     def on_message_complete(self) -> None:
         """The request is there."""
+        self._idle_bytes = 0
         self._owner.arriving.discard(self)
         if not self.transport.is_closing():
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Begin with a request, whose turn it is."""
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         """The peer does not take what it is sent."""
@@ -155,8 +226,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes += num_bytes
         is_long = self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS
         if is_long and not self.transport.is_closing():
-            self.transport.write(TOO_LONG)
-            self.transport.close()
+            self._end(TOO_LONG)
 
 
 class HttpServer:
@@ -191,7 +261,7 @@ class HttpServer:
             timeout_keep_alive=cast(int, config.idle_s),
         )
         self.uvicorn.load()
-        logging.getLogger("uvicorn.error").addFilter(_by_strangers)  # once, however often it is said
+        logging.getLogger("uvicorn.error").addFilter(_by_strangers)
 
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError if the address is taken, or may not be served like this."""

@@ -9,7 +9,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+from cierzo.bench.peers.engine import EngineFailed
 from cierzo.engine.config import cache_dir
+from cierzo.engine.errors import CierzoError
 from cierzo.engine.weights.gguf import prepare_demo
 from clients import harness, load
 from clients.served import Failed
@@ -33,7 +35,7 @@ def main() -> int:
         try:
             for line in PARTS[name](folder / name, checkpoint, results):
                 print(f"{name}: {line}", flush=True)
-        except Failed as error:
+        except (Failed, EngineFailed, CierzoError, OSError) as error:
             failed = True
             print(f"{name} FAILED: {error}", flush=True)
     return int(failed)

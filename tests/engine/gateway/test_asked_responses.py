@@ -180,6 +180,7 @@ def test_the_harmless_is_passed_over(rules):
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0"),
         ({"top_logprobs": 21}, "top_logprobs", "top_logprobs is 21"),
         ({"include": ["all"]}, "include[0]", "'all', allowed: message.output_text.logprobs"),
+        ({"include": [3]}, "include[0]", "'3', allowed: message.output_text.logprobs"),
         ({"include": "all"}, "include", "must be a list"),
         ({"include": [False]}, "include[0]", "'False', allowed: message.output_text.logprobs"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format", "grammar or schema"),

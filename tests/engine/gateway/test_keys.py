@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import openai
 import pytest
 from http_house import CHAT, MESSAGES
@@ -93,18 +95,44 @@ def test_keys_that_are_read_anew(opening, keys):
     assert house.post(CHATS, CHAT, headers=_bearer(ADMIN)).status_code == 200
 
 
-def test_a_stream_of_a_key_that_is_taken_back_ends(keyed, keys):
+def _write(house, keys, *lines):
+    keys.write_text("\n".join(lines) + "\n", encoding="ascii")
+    house._do(house._running.server.reload)
+
+
+@pytest.mark.parametrize("lines", [(*LINES[:2], *LINES[3:]), (*LINES[:2], key_line(SEARCH, "watch"), *LINES[3:])])
+def test_a_key_that_is_taken_back_ends_what_runs(keyed, keys, lines):
     house = keyed("x" * 100, token_s=60.0)
     client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0)
     with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
         next(stream)
-        keys.write_text("\n".join(line for line in LINES if line != LINES[2]) + "\n", encoding="ascii")
-        house._do(house._running.server.reload)
+        _write(house, keys, *lines)
         with pytest.raises(openai.APIError) as ended:
             for _ in stream:
                 pass
     assert ended.value.code == "unauthorized"
     assert house.frontend.streams.num_read == 0
+
+
+def test_a_key_that_is_given_back_opens_the_door_again(keyed, keys):
+    house = keyed("Hello")
+    assert house.post(CHATS, CHAT, headers=_bearer(SEARCH)).status_code == 200
+    _write(house, keys, *LINES[:2], *LINES[3:])
+    assert house.post(CHATS, CHAT, headers=_bearer(SEARCH)).status_code == 401
+    _write(house, keys, *LINES)
+    until_s = time.monotonic() + REFUSED_S + 5.0
+    while house.post(CHATS, CHAT, headers=_bearer(SEARCH)).status_code != 200:
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+
+
+def test_other_keys_do_not_end_what_runs(keyed, keys):
+    house = keyed("x" * 20, token_s=0.02)
+    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=ADMIN, max_retries=0)
+    with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
+        next(stream)
+        _write(house, keys, *LINES[:2], *LINES[3:])
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "x" * 20
 
 
 def test_a_gateway_does_not_let_others_in_by_a_key_of_its_own(opening, keys):
