@@ -32,6 +32,8 @@ export class Chat {
     });
     byId("new").addEventListener("click", () => this.clear());
     byId("tools").addEventListener("input", () => this.tools());
+    // What is wrong in a closed box is not told: of capture, as it does not bubble.
+    byId("settings").addEventListener("invalid", () => (byId("settings").open = true), { capture: true });
     for (const idea of document.querySelectorAll(".idea")) {
       idea.addEventListener("click", () => this.ask(idea.textContent));
     }

@@ -361,7 +361,11 @@ def test_colours_are_chosen_by_a_button_and_remembered(window: Browser, page: Pa
 def test_nothing_is_wider_than_the_window(window: Browser, page: PageServer, size: tuple[int, int]) -> None:
     window.open(page.url, size)
     window.shows("#state", "ready")
-    window.one("#settings summary").click()
+    for name in ("settings", "key-box"):
+        window.one(f"#{name} summary").click()
+        box = window.one(f"#{name} > :last-child").rect
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= size[0]
     width = "return document.documentElement.scrollWidth"
     wide = "return [...document.querySelectorAll('.figure')].filter((e) => e.scrollWidth > e.clientWidth).length"
     assert window.run(width) <= size[0]

@@ -131,6 +131,16 @@ def test_an_answer_fits_into_a_short_context(window: Browser, page: PageServer) 
     assert page.asked[0]["max_tokens"] == 256
 
 
+def test_a_setting_that_is_wrong_is_told_though_it_is_out_of_sight(window: Browser, page: PageServer) -> None:
+    window.one("#settings summary").click()
+    window.one("#temperature").send_keys("5", Keys.ESCAPE)
+    assert not window.one("#temperature").is_displayed()
+    ask(window, "Why?")
+    window.until(lambda: window.driver.switch_to.active_element == window.one("#temperature"))
+    assert window.one("#temperature").is_displayed()
+    assert not page.asked
+
+
 @pytest.mark.parametrize("text", ["[{", '{"type": "function"}'])
 def test_tools_that_are_no_list_are_not_sent(window: Browser, page: PageServer, text: str) -> None:
     window.one("#settings summary").click()
