@@ -9,7 +9,7 @@
 import net from "node:net";
 import { decode, encode } from "./msgpack.mjs";
 
-export const FEATURES = ["accounting", "attach", "batches", "credit", "keepalive", "masks", "parts", "probes", "resume", "tokenize", "trace"];
+export const FEATURES = ["accounting", "attach", "batches", "credit", "keepalive", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"];
 
 export class RpcError extends Error {
   constructor({ code, message, field = null, limit = null, value = null, retry = false, retry_after_s = null }) {
@@ -19,7 +19,7 @@ export class RpcError extends Error {
 }
 
 export function costOf(delta) {
-  const entries = delta.logprobs ?? [];
+  const entries = [...(delta.logprobs ?? []), ...(delta.prompt_logprobs ?? [])];
   const own = 64 + 8 * (delta.token_ids?.length ?? 0) + Buffer.byteLength(delta.text ?? "", "utf8");
   const bytesOf = ({ text = "", name = "", id = "" }) => Buffer.byteLength(text + name + id, "utf8");
   const parts = (delta.parts ?? []).reduce((sum, part) => sum + 64 + bytesOf(part), 0);
@@ -132,9 +132,10 @@ export class Connection {
     return generation;
   }
 
-  resume(request_id, received) {
+  resume(request_id, received, prompt_received = 0) {
     const generation = this.begin();
-    this.send({ type: "resume", stream: generation.stream, request_id, received });
+    const behind = prompt_received ? { received, prompt_received } : { received };
+    this.send({ type: "resume", stream: generation.stream, request_id, ...behind });
     return generation;
   }
 

@@ -23,6 +23,7 @@ function add(answer, delta) {
   (answer.tokens[sample] ??= []).push(...token_ids);
   answer.text[sample] = (answer.text[sample] ?? "") + text;
   addParts(((answer.parts ??= [])[sample] ??= []), delta);
+  if (delta.prompt_logprobs) (answer.prompt_logprobs ??= []).push(...delta.prompt_logprobs);
 }
 
 async function first(generation, answer = { tokens: [], text: [] }) {
@@ -100,7 +101,7 @@ const cases = {
     connection.drop();
     const again = await Connection.open(address);
     const received = Array.from({ length: request.sampling.n ?? 1 }, (_, sample) => answer.tokens[sample]?.length ?? 0);
-    const resumed = again.resume(accepted.request_id, received);
+    const resumed = again.resume(accepted.request_id, received, answer.prompt_logprobs?.length);
     const { request_id, seed } = await resumed.accepted();
     await rest(resumed, answer);
     again.close();

@@ -134,6 +134,17 @@ def test_the_same_parts_as_in_python(address, client, seed):
         assert sample["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("case", ["plain", "resume"])
+def test_log_probabilities_of_the_prompt(address, client, case):
+    """More than the credit of a stream: the server waits for it."""
+    token_ids = [number * 7 % 250 for number in range(3000)]
+    request = {"token_ids": token_ids, "sampling": SAMPLING | {"prompt_logprobs": 20}}
+    told, entries = node(address, case, **request), client.complete(**request).prompt_logprobs
+    assert told["prompt_logprobs"] == [list(msgspec.structs.astuple(entry)) for entry in entries]
+    assert [entry.token_id for entry in entries] == token_ids[1:]
+    assert told["tokens"] == expected(client, **request)[0]
+
+
 def test_control_messages(address, client):
     told = node(address, "control")
     assert told["types"] == ["pong", "health_reply", "stats_reply", "model_reply"]
