@@ -63,9 +63,8 @@ def test_a_dense_model_in_fp8_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fp8-static", "w4a16", "nvfp4", "mxfp4"])
 def test_logits_of_small_4_with_what_compressed_tensors_decompressed(tmp_path: Path, name: str) -> None:
     model = Compressed(SMALL4, name)
-    rope = dict(
-        ORACLES["moe"][1]["rope_parameters"]
-    )  # with which transformers has our softmax scale (model.md 1.3)
+    # With it transformers has our softmax scale (model.md 1.3), and into it transformers writes.
+    rope = dict(ORACLES["moe"][1]["rope_parameters"])
     model.base["rope_parameters"] = model.config["rope_parameters"] = rope
     named = ("architectures", "model_type", "dtype")
     settings = {key: value for key, value in model.base.items() if key not in named}

@@ -6,6 +6,7 @@ through pages that were poisoned with NaN, over a scattered block table whose un
 
 from __future__ import annotations
 
+import copy
 import functools
 import pathlib
 import tempfile
@@ -147,7 +148,7 @@ def make_oracle(name: str) -> transformers.PreTrainedModel:
     """The transformers model of a case, always the same one."""
     family, settings = ORACLES[name]
     torch.manual_seed(sorted(ORACLES).index(name))
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(settings))  # which it writes into
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:  # all ones by default: a norm that is skipped or swapped would pass
