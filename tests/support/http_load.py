@@ -2,7 +2,7 @@
 
     python tests/support/http_load.py [--pairs 3] [--requests 4000] [--model CHECKPOINT]
 
-The server runs with the fake runner. The client of HTTP is a socket and a scan for the end of an answer: what is
+The server runs with the fake runner. The client of HTTP is a socket and a look at the ends of answers: what is
 measured is the server. Closed loops of 64: answers of 16 tokens at once, and of 256 tokens in a stream. With a
 model, which the CPU computes ("demo" is one): closed loops of 8, of 64 tokens in a stream, behind prompts of 64.
 """
@@ -16,9 +16,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import uvloop
@@ -49,25 +49,49 @@ def request_of(body: dict[str, Any]) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(data) + data
 
 
+class Asking(asyncio.Protocol):
+    """A connection that asks one request after the other, and looks for the ends of the answers alone."""
+
+    def __init__(self, requests: Iterator[bytes], ends: bytes) -> None:
+        self._requests = requests
+        self._ends = ends
+        self._tail = b""
+        self._transport: asyncio.Transport | None = None
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._ask()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of an answer."""
+        if not self._tail and not data.startswith(b"HTTP/1.1 200"):
+            self.done.set_exception(AssertionError(data))
+        self._tail = data[-16:] if len(data) >= 16 else (self._tail + data)[-16:]
+        if self._tail.endswith(self._ends):
+            self._ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail, if it was not closed here."""
+        if not self.done.done():
+            self.done.set_exception(exc or AssertionError("the server has closed the connection"))
+
+    def _ask(self) -> None:
+        assert self._transport is not None
+        self._tail = b""
+        if (request := next(self._requests, None)) is not None:
+            self._transport.write(request)
+        elif not self.done.done():
+            self.done.set_result(None)
+            self._transport.close()
+
+
 async def http_loop(port: int, requests: Sequence[bytes], ends: bytes, clients: int = CLIENTS) -> float:
     """Seconds that the requests took."""
-    left = iter(requests)
-
-    async def loop() -> None:
-        reader, writer = await asyncio.open_connection(HOST, port)
-        for request in left:
-            writer.write(request)
-            heard = await reader.read(1 << 16)
-            assert heard.startswith(b"HTTP/1.1 200"), heard
-            tail = heard
-            while not tail.endswith(ends):
-                more = await reader.read(1 << 16)
-                assert more
-                tail = tail[-16:] + more
-        writer.close()
-
-    began = time.perf_counter()
-    await asyncio.gather(*(loop() for _ in range(clients)))
+    left, loop, began = iter(requests), asyncio.get_running_loop(), time.perf_counter()
+    made = [await loop.create_connection(lambda: Asking(left, ends), HOST, port) for _ in range(clients)]
+    await asyncio.gather(*(asking.done for _, asking in made))
     return time.perf_counter() - began
 
 
