@@ -265,7 +265,7 @@ def top_tokens(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return values, ids
     lowest = torch.topk(scores, count, dim=1).values[:, -1]
     for row in range(scores.shape[0]):
-        token_ids = torch.nonzero(scores[row] >= lowest[row]).view(-1)
+        token_ids = torch.nonzero(~(scores[row] < lowest[row])).view(-1)  # also of NaN, which mean nothing
         order = torch.sort(scores[row, token_ids], descending=True, stable=True).indices[:count]
         ids[row] = token_ids[order]
         values[row] = scores[row, ids[row]]

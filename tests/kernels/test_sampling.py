@@ -268,3 +268,12 @@ def test_a_wrong_shape_or_dtype_is_named() -> None:
         ops.add_bias(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([0]), torch.zeros(1, dtype=torch.float64))
     with pytest.raises(ArgumentError, match="count 9"):
         ops.top_tokens(torch.zeros(1, 4), 9)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_takes_no_other_with_it(wrong: float) -> None:
+    """Its own top tokens mean nothing, and nobody is told them."""
+    scores = ref.log_probabilities(torch.tensor([[1.0, wrong, 0.0], [2.0, 1.0, 3.0]]))
+    values, token_ids = ref.top_tokens(scores, 2)
+    assert token_ids[1].tolist() == [2, 0]
+    assert torch.isfinite(values[1]).all()
