@@ -329,15 +329,15 @@ class Legacy:
         if not text.startswith(self._words.text(token_id)):
             self.offset = 0  # a control token, of which the text has nothing
 
-    def add(self, logprobs: Iterable[TokenLogprobs]) -> None:
-        """Append positions."""
-        words = self._words
+    def add(self, logprobs: Iterable[TokenLogprobs]) -> int:
+        """Append positions; the bytes that they are."""
+        words, before = self._words, self._num_bytes
         for entry in logprobs:
             self._append(entry.token_id, number(entry.logprob), legacy_top(words, entry))
+        return self._num_bytes - before
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the lists so far."""
+    def _num_bytes(self) -> int:
         return sum(map(len, self._lists.values()))
 
     def encoded(self) -> bytes:

@@ -95,27 +95,18 @@ class Joining:
         return final
 
     def _add(self, delta: Delta) -> None:
-        before, words = self._num_bytes, self._words
+        words, num_bytes = self._words, len(delta.text)
         if delta.prompt_logprobs and self._prompt.first_token is not None:
-            self._before.add(delta.prompt_logprobs)
+            num_bytes += len(self._legacy) * self._before.add(delta.prompt_logprobs)  # each sample repeats it
         elif delta.prompt_logprobs:
-            for entry in delta.prompt_logprobs:
-                self._scores += prompt_entry(words, entry) + b","
+            num_bytes += _extend(self._scores, [prompt_entry(words, entry) for entry in delta.prompt_logprobs])
         elif delta.logprobs and self._is_chat:
             entries = self._entries[delta.sample]
-            for entry in delta.logprobs:
-                entries += chat_entry(words, entry) + b","
+            num_bytes += _extend(entries, [chat_entry(words, entry) for entry in delta.logprobs])
         elif delta.logprobs:
-            self._legacy[delta.sample].add(delta.logprobs)
-        num_bytes = len(delta.text) + self._num_bytes - before
+            num_bytes += self._legacy[delta.sample].add(delta.logprobs)
         self._num_new += num_bytes
         self._counted.add(num_bytes)
-
-    @property
-    def _num_bytes(self) -> int:
-        """Bytes of all log-probabilities so far."""
-        legacy = len(self._legacy) * self._before.num_bytes + sum([each.num_bytes for each in self._legacy])
-        return legacy + len(self._scores) + sum(map(len, self._entries))
 
     @property
     def prompt_logprobs(self) -> list[answers.Piece]:
@@ -141,3 +132,10 @@ class Joining:
                 text = self._prompt.text + ("" if self._asked.drops_output else answers.text_of(answer.parts))
                 told.append(answers.completion_choice(index, text, end, logprobs, self.prompt_logprobs))
         return told
+
+
+def _extend(entries: bytearray, more: list[bytes]) -> int:
+    """Append entries, as `answers.listed` wants them; the bytes that they are."""
+    told = b",".join([*more, b""])
+    entries += told
+    return len(told)
