@@ -107,7 +107,6 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         call: Call = scope["cierzo.call"]
-        call.scope = scope
         if not self._row.is_open:
             call.backend = await self._backends.admit(caller_of(call))
             if self._row.right is not None:

@@ -20,7 +20,6 @@ UNCOUNTED_BYTES = 64 * 1024  # of a body, as much as the connection keeps beside
 RETRY_AFTER_S = 1.0
 ANYBODY = "default"
 JSON = b"application/json"
-NONE: Headers = []
 
 
 class Gone(Exception):
@@ -116,7 +115,7 @@ class Call:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def begin(self, status: int, kind: bytes, more: Headers = NONE) -> None:
+    async def begin(self, status: int, kind: bytes, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Send the answer's head; its body comes in pieces."""
         self.has_begun = True
         headers = [(b"content-type", kind), *self.headers, *more]

@@ -13,7 +13,7 @@ from ipaddress import ip_address
 
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, InvalidRequest
-from cierzo.engine.gateway.call import JSON, Call, Event, Gone, Receive, Scope, Send
+from cierzo.engine.gateway.call import JSON, Call, Gone, Receive, Scope, Send
 from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of, stopped
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Guard:
         scope["cierzo.call"] = call
         try:
             self._check(scope, fields)
-            await self._app(scope, receive, _told(call, send))
+            await self._app(scope, receive, send)
         except CierzoError as error:
             await _refuse(call, error)
         except Gone:
@@ -116,18 +116,6 @@ def allowed_hosts(bound: str, more: Collection[str]) -> Collection[str]:
     if not is_loopback and not more:
         return ()
     return {*LOOPBACK, bound, *more}
-
-
-def _told(call: Call, send: Send) -> Send:
-    """`send`, for whoever answers without the call: its head gets the call's headers."""
-
-    async def told(event: Event) -> None:
-        if event["type"] == "http.response.start" and not call.has_begun:
-            call.has_begun = True
-            event["headers"] = [*event.get("headers", []), *call.headers]
-        await send(event)
-
-    return told
 
 
 async def _refuse(call: Call, error: CierzoError) -> None:
