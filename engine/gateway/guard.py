@@ -13,6 +13,7 @@ from ipaddress import ip_address
 
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, InvalidRequest
+from cierzo.engine.frontend.validate import TRACEPARENT
 from cierzo.engine.gateway.call import JSON, Call, Gone, Receive, Scope, Send
 from cierzo.engine.gateway.errors import Headers, WrongHost, encoded, headers_of, stopped
 
@@ -28,7 +29,6 @@ ALWAYS: Headers = [
 ]
 ONCE = {b"host", b"authorization", b"content-length", b"content-type", b"content-encoding", b"x-request-id"}
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -55,8 +55,8 @@ class Guard:
             request_id = uuid.uuid4().hex.encode()
         call = Call(scope, receive, send, fields, request_id.decode())
         call.headers = [*ALWAYS, (b"date", self._now()), (b"x-request-id", request_id)]
-        if TRACEPARENT.fullmatch(traceparent := fields.get(b"traceparent", b"")):
-            call.headers.append((b"traceparent", traceparent))
+        if TRACEPARENT.fullmatch(call.field(b"traceparent")):
+            call.headers.append((b"traceparent", fields[b"traceparent"]))
         scope["cierzo.call"] = call
         try:
             self._check(scope, fields)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.pool import Pool
+from cierzo.engine.frontend.validate import TRACEPARENT
 from cierzo.engine.gateway.asked import Rules, in_body
 from cierzo.engine.gateway.backend import Backend, Packing
 from cierzo.engine.gateway.bodies import Bodies, Request
@@ -18,7 +18,6 @@ from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import ModelInfo
 
 MODEL_S = 10.0  # for which a description of the model is taken to be true
-TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class House:
