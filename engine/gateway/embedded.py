@@ -37,7 +37,6 @@ from cierzo.engine.messages import (
     ClientMessage,
     Credit,
     Delta,
-    Deltas,
     Detokenize,
     Detokenized,
     Failure,
@@ -240,9 +239,6 @@ class Desk:
         """Take in what the front end says."""
         if isinstance(message, Delta):
             self._take(message)
-        elif isinstance(message, Deltas):
-            for delta in message.deltas:
-                self._take(delta)
         elif isinstance(message, Accepted):
             self._inboxes[message.stream].put(message)
         elif isinstance(message, Final):
