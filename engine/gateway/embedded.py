@@ -14,7 +14,7 @@ from typing import Any, Unpack, cast
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, ConnectionLost, Forbidden, Overloaded
+from cierzo.engine.errors import CierzoError, ConnectionLost, Overloaded
 from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -24,7 +24,7 @@ from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer
 from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.generation import Generation, Inbox
 from cierzo.engine.frontend.keys import Door, digest_of
-from cierzo.engine.frontend.methods import Methods
+from cierzo.engine.frontend.methods import Methods, require_right
 from cierzo.engine.frontend.outlet import DELTA_HEAP
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.frontend.tenants import Access, Right, Visitor
@@ -186,8 +186,7 @@ class Desk:
 
     async def require(self, right: Right) -> None:
         """Raise Forbidden unless the caller has a right."""
-        if right not in self.access.rights:
-            raise Forbidden(f"this key lacks the right {right}", field="rights", limit=right)
+        require_right(self, right)
 
     async def _words(self, message: Tokenize | Detokenize) -> Worded:
         """Have a message about words answered."""
