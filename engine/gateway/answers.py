@@ -127,7 +127,9 @@ def _fields(told: Head) -> dict[str, Any]:
 
 
 class _Stream:
-    """Events of a stream: what they have in common."""
+    """Events of a stream: what they have in common. _closing: fields of a sample's last event, beside its end."""
+
+    _closing = b""
 
     def __init__(self, told: Told) -> None:
         self.told = told
@@ -145,6 +147,13 @@ class _Stream:
         """Events before any output."""
         self._prompt_tokens = prompt_tokens
         return b""
+
+    def take(self, deltas: Sequence[Delta]) -> bytes:
+        """Events that tell of new output."""
+        return b"".join([self._delta(delta) for delta in deltas])
+
+    def _delta(self, delta: Delta) -> bytes:
+        raise NotImplementedError
 
     def end(self, final: Final) -> bytes:
         """The events that say why each sample ended. Raises the CierzoError that it is, if it was not planned."""
@@ -172,8 +181,6 @@ class _Stream:
             *(_encode(end.finish_reason), _encode(end.stop), after if self.told.continuous else self._usage),
         )
 
-    _closing = b""
-
 
 class ChatEvents(_Stream):
     """Events of a chat completion."""
@@ -185,10 +192,6 @@ class ChatEvents(_Stream):
         super().begin(prompt_tokens)
         first = b'"delta":{"role":"assistant","content":""}'
         return b"".join([self._event(sample, first, b"") for sample in range(self.told.num_samples)])
-
-    def take(self, deltas: Sequence[Delta]) -> bytes:
-        """Events that tell of new output."""
-        return b"".join([self._delta(delta) for delta in deltas])
 
     def _delta(self, delta: Delta) -> bytes:
         self._output_tokens += len(delta.token_ids)
@@ -250,10 +253,6 @@ class CompletionEvents(_Stream):
             legacy.begin(told.first_token, told.prompt_text)
             logprobs, self._prompt_offset = legacy.encoded(), legacy.offset
         return self._everywhere(told.prompt_text, logprobs)
-
-    def take(self, deltas: Sequence[Delta]) -> bytes:
-        """Events that tell of new output."""
-        return b"".join([self._delta(delta) for delta in deltas])
 
     def _delta(self, delta: Delta) -> bytes:
         if delta.prompt_logprobs:
