@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Unpack
 
 from cierzo.engine.errors import CierzoError, NotFound, Overloaded, Unauthorized
@@ -32,7 +32,7 @@ REFUSED_S = 2.0  # for which a key that was refused is refused again without a q
 MAX_REFUSED = 4096
 HEALTH_S = 2.0  # that a server has to say how it is
 NO_KEY = "this server wants a key that it knows"
-Connect = Callable[[str | None], Awaitable[Client]]
+Connect = Callable[[str | None], Coroutine[Any, Any, Client]]
 
 
 class Kept:
@@ -43,7 +43,7 @@ class Kept:
     def __init__(self, client: asyncio.Task[Client]) -> None:
         self.client = client
         self.num_open = 0
-        self.idle_since_s = time.monotonic()
+        self.idle_since_s = 0.0  # set when the last of them ends
 
 
 class Remote:
@@ -101,7 +101,7 @@ class Remote:
         kept = self._kept.get(digest)
         if kept is None:
             self._make_room()
-            kept = self._kept[digest] = Kept(asyncio.ensure_future(_made(self._connect, caller.key or None)))
+            kept = self._kept[digest] = Kept(asyncio.ensure_future(self._connect(caller.key or None)))
         self._kept.move_to_end(digest)
         kept.num_open += 1
         try:
@@ -233,10 +233,6 @@ class RemoteDesk(ClientDesk):
         if kept is not None:
             self._owner.left(kept)
             super().close()
-
-
-async def _made(connect: Connect, key: str | None) -> Client:
-    return await connect(key)
 
 
 async def _closed(client: asyncio.Task[Client]) -> None:
