@@ -23,6 +23,7 @@ from cierzo.engine.options import Access, access, add_options, chosen
 
 HTTP = "127.0.0.1:8000"
 OF_FRONTEND = ("insecure", "log_format", "max_connections", "high_water_bytes", "slow_reader_s", "keepalive_s")
+OTHERS = {*FrontendConfig.__struct_fields__}.difference(OF_FRONTEND)
 
 
 class Gateway(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     door.add_argument("--http", default=HTTP, metavar="HOST:PORT|unix:PATH", help="where to listen")
     add_options(door, HttpConfig, skip={"http"})
     add_options(door, Gateway)
-    add_options(door, FrontendConfig, skip={*FrontendConfig.__struct_fields__}.difference(OF_FRONTEND))
+    add_options(door, FrontendConfig, skip=OTHERS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,11 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     http = http if http.http else msgspec.structs.replace(http, http=HTTP)
     check_http(http)
     settings = Gateway(**chosen(arguments, Gateway))
-    others = {*FrontendConfig.__struct_fields__}.difference(OF_FRONTEND)
     frontend = FrontendConfig(
         tls_certificate=settings.http_tls_certificate,
         tls_key=settings.http_tls_key,
-        **chosen(arguments, FrontendConfig, skip=others),
+        **chosen(arguments, FrontendConfig, skip=OTHERS),
     )
     rpc = arguments.rpc or [FrontendConfig().address]
     with queued_lines(frontend.log_format):
