@@ -95,7 +95,7 @@ class Joining:
         return final
 
     def _add(self, delta: Delta) -> None:
-        words, num_bytes = self._words, len(delta.text)
+        words, num_bytes = self._words, len(answers.text_of(delta.parts) or delta.text)
         if delta.prompt_logprobs and self._prompt.first_token is not None:
             num_bytes += len(self._legacy) * self._before.add(delta.prompt_logprobs)  # each sample repeats it
         elif delta.prompt_logprobs:

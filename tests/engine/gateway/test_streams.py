@@ -17,7 +17,7 @@ from cierzo.engine.errors import CoreFailed
 from cierzo.engine.frontend.encoders import Late
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway.joining import Joining
-from cierzo.testing import ManualClock
+from cierzo.testing import FakeAnswer, ManualClock
 
 CHATS = "/v1/chat/completions"
 
@@ -197,6 +197,13 @@ def test_what_is_put_together_is_bounded(opening):
     assert (full.status_code, full.json()["error"]["param"]) == (429, "max_joined_bytes")
     _until(lambda: _num_running(house) == 0)
     assert house.post(CHATS, asks | {"max_tokens": 5}).status_code == 200
+
+
+def test_thoughts_and_calls_count_in_what_is_put_together(opening):
+    for says in (FakeAnswer(thinking="x" * 5000, text="So."), FakeAnswer(calls=[("wind", {"at": "x" * 5000})])):
+        house = opening(says, max_model_len=400_000, http={"max_whole_bytes": 4000})
+        refused = house.post(CHATS, CHAT | {"max_tokens": 300_000})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_whole_bytes")
 
 
 @pytest.mark.parametrize("body", [{"prompt": "y" * 3000, "n": 5}, {"prompt": ["y" * 3000] * 5}])
