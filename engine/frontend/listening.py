@@ -101,6 +101,19 @@ def find_half_open(sock: socket.socket, keepalive_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * quiet_s)
 
 
+def bound(server: asyncio.Server, address: Address) -> Address:
+    """The address that a server listens on: with the port that the system chose, where that was left to it."""
+    if isinstance(address, UnixAddress):
+        return address
+    return TcpAddress(address.host, server.sockets[0].getsockname()[1])
+
+
+def unbind(address: Address) -> None:
+    """Remove the file of an address that was bound, if it has one that is still there."""
+    if isinstance(address, UnixAddress) and os.path.exists(address.path):
+        os.unlink(address.path)
+
+
 def remove_stale(path: str) -> None:
     """Remove the socket file of a server that died; raises OSError if one listens, or if it is another file."""
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import msgspec
 
 from cierzo import __version__
 from cierzo.engine.errors import CierzoError, ProtocolError, refusal
-from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
+from cierzo.engine.frontend.address import UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
 from cierzo.engine.frontend.failures import failure
@@ -28,7 +27,7 @@ from cierzo.engine.frontend.frontend import Frontend
 from cierzo.engine.frontend.keepalive import Keepalive
 from cierzo.engine.frontend.keys import Door, digest_of
 from cierzo.engine.frontend.limits import require_room
-from cierzo.engine.frontend.listening import LINGER_S, in_kernel, listen, peer_of, watch_socket
+from cierzo.engine.frontend.listening import LINGER_S, bound, in_kernel, listen, peer_of, unbind, watch_socket
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.frontend.receiving import foreign, greeting, receive_large, receive_skipped, receive_small
 from cierzo.engine.frontend.tenants import EVERYBODY, Visitor
@@ -388,7 +387,6 @@ class RpcServer:
         self._server: asyncio.Server | None = None
         self.tls: Tls | None = None
         self._shaking: set[TlsLayer] = set()
-        self._socket_path: str | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -401,10 +399,7 @@ class RpcServer:
                 raise refusal("address", "HOST:PORT with TLS", str(address), "a Unix socket has none")
             self.tls = Tls(config)
         self._server = await listen(config, address, self._protocol)
-        if isinstance(address, UnixAddress):
-            self._socket_path = address.path
-        else:
-            self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
+        self.address = str(bound(self._server, address))
         if self.tls is not None:
             self.tls.start()
             self.frontend.notes.append(self.tls.note)
@@ -433,8 +428,7 @@ class RpcServer:
         await self._empty.wait()
         if self._server is not None:
             await self._server.wait_closed()
-        if self._socket_path is not None and os.path.exists(self._socket_path):
-            os.unlink(self._socket_path)
+            unbind(parse_address(self.address))
 
     def welcome(self, version: int, features: frozenset[str]) -> Welcome:
         """The answer to a Hello of this version, to which these features are granted."""

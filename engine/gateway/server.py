@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from typing import Any, cast
 
@@ -16,10 +15,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from cierzo.engine.errors import CierzoError, ConfigError, InvalidRequest, Overloaded
-from cierzo.engine.frontend.address import TcpAddress, UnixAddress, parse_address
+from cierzo.engine.frontend.address import UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.expiry import Expiry
-from cierzo.engine.frontend.listening import LINGER_S, in_kernel, listen, peer_of, watch_socket
+from cierzo.engine.frontend.listening import LINGER_S, bound, in_kernel, listen, peer_of, unbind, watch_socket
 from cierzo.engine.frontend.tls import Tls
 from cierzo.engine.frontend.tls_layer import TlsLayer
 from cierzo.engine.gateway.app import make_app
@@ -248,7 +247,6 @@ class HttpServer:
         self._tls = tls
         self._shaking: set[TlsLayer] = set()
         self._server: asyncio.Server | None = None
-        self._socket_path: str | None = None
         self._empty = asyncio.Event()
         self._house = House(config)
         self.uvicorn = uvicorn.Config(
@@ -265,15 +263,12 @@ class HttpServer:
 
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError if the address is taken, or may not be served like this."""
+        address = parse_address(self.config.http)
         try:
-            self._server = await listen(self.frontend, parse_address(self.config.http), self._protocol)
+            self._server = await listen(self.frontend, address, self._protocol)
         except ConfigError as error:
             raise ConfigError(f"http: {error}", field="http", limit=error.limit, value=self.config.http) from error
-        address = parse_address(self.config.http)
-        if isinstance(address, UnixAddress):
-            self._socket_path = address.path
-        else:
-            self.address = str(TcpAddress(address.host, self._server.sockets[0].getsockname()[1]))
+        self.address = str(bound(self._server, address))
 
     async def close(self, linger_s: float = LINGER_S) -> None:
         """Stop listening, wait for what is open, at most `linger_s`, and tell what is left that it is cut short."""
@@ -295,8 +290,7 @@ class HttpServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._house.close()
         await server.wait_closed()
-        if self._socket_path is not None and os.path.exists(self._socket_path):
-            os.unlink(self._socket_path)
+        unbind(parse_address(self.address))
 
     async def _emptied(self, within_s: float) -> None:
         """Wait until no connection is left, at most so long."""

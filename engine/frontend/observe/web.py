@@ -7,7 +7,6 @@ that scrapes cost a tenth of the loop at most, however many come.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -20,7 +19,7 @@ from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.address import Address, TcpAddress, UnixAddress, parse_address
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frontend import Frontend
-from cierzo.engine.frontend.listening import remove_stale
+from cierzo.engine.frontend.listening import remove_stale, unbind
 from cierzo.engine.frontend.observe.collector import Collector
 
 MAX_HEAD_BYTES = 8192
@@ -56,7 +55,6 @@ class MetricsServer:
         self._page = b""
         self._page_until = float("-inf")
         self._server: asyncio.Server | None = None
-        self._socket_path: str | None = None
         self._answering: dict[asyncio.Task[None], bool] = {}  # oldest first; whether a head has come
 
     async def start(self) -> None:
@@ -69,7 +67,6 @@ class MetricsServer:
             if isinstance(address, UnixAddress):
                 remove_stale(address.path)
                 self._server = await asyncio.start_unix_server(self._connected, address.path, limit=MAX_HEAD_BYTES)
-                self._socket_path = address.path
                 return
             self._server = await asyncio.start_server(
                 self._connected, address.host, address.port, limit=MAX_HEAD_BYTES, start_serving=False
@@ -96,8 +93,7 @@ class MetricsServer:
         for task in self._answering:
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
-        if self._socket_path is not None and os.path.exists(self._socket_path):
-            os.unlink(self._socket_path)
+        unbind(parse_address(self.address))
 
     def metrics(self) -> bytes:
         """The page of metrics, made now or a moment ago."""
