@@ -17,7 +17,7 @@ from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.gateway.config import Reasoning
-from cierzo.engine.gateway.errors import encoded, unplanned
+from cierzo.engine.gateway.errors import encoded, require_planned
 from cierzo.engine.gateway.token_words import TokenWords, chat_entry, legacy_top, number
 from cierzo.engine.messages import Delta, Final, Part, SampleEnd, TokenLogprobs
 
@@ -157,9 +157,7 @@ class _Stream:
 
     def end(self, final: Final) -> bytes:
         """The events that say why each sample ended. Raises the CierzoError that it is, if it was not planned."""
-        for end in final.samples:
-            if (error := unplanned(end)) is not None:
-                raise error
+        require_planned(final)
         return b"".join([self._last(end) for end in final.samples])
 
     def fail(self, error: CierzoError) -> bytes:

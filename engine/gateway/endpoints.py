@@ -19,7 +19,7 @@ from cierzo.engine.gateway.asked import in_body
 from cierzo.engine.gateway.backend import Backend
 from cierzo.engine.gateway.bodies import Request
 from cierzo.engine.gateway.call import Call
-from cierzo.engine.gateway.errors import unplanned
+from cierzo.engine.gateway.errors import require_planned
 from cierzo.engine.gateway.house import House, ask
 from cierzo.engine.gateway.joining import Counted, Joining, Prompt
 from cierzo.engine.gateway.reading import Endpoint
@@ -96,7 +96,7 @@ async def _not_too_many(requests: Sequence[Request], generations: Sequence[Gener
             try:
                 await generation.accepted()
             except CierzoError as error:
-                raise in_body(error, request.asked) from error
+                raise in_body(error, request.asked) from None
 
 
 async def _prompt(house: House, call: Call, request: Request) -> Prompt:
@@ -206,14 +206,11 @@ async def responses(house: House, call: Call) -> None:
                 if spelled is not None:
                     await spelled.learn_all(call.engine, deltas)
                 counted.add(len(events.take(deltas)))
-            end = run.generation.final
-            for sample in end.samples:
-                if (error := unplanned(sample)) is not None:
-                    raise error
-            events.end(end)
+            require_planned(run.generation.final)
+            events.end(run.generation.final)
             await call.reply(msgspec.json.encode(events.response))
     except CierzoError as error:
-        raise place(error) from error
+        raise place(error) from None
     finally:
         counted.close()
 

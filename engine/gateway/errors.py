@@ -9,7 +9,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError, Interrupted, InvalidRequest
 from cierzo.engine.frontend.retries import is_worth_repeating
-from cierzo.engine.messages import SampleEnd
+from cierzo.engine.messages import Final
 
 Headers = list[tuple[bytes, bytes]]
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -81,12 +81,13 @@ UNPLANNED: dict[str, tuple[type[CierzoError], str]] = {
 }
 
 
-def unplanned(end: SampleEnd) -> CierzoError | None:
-    """The error that the end of an answer is, if it is one."""
-    if (found := UNPLANNED.get(end.finish_reason)) is None:
-        return None
-    kind, text = found
-    return kind(f"{text}: {end.message}" if end.message else text, field="deadline_s" if kind is Late else None)
+def require_planned(final: Final) -> None:
+    """Raise the CierzoError that the end of an answer is, if it is one."""
+    for end in final.samples:
+        if (found := UNPLANNED.get(end.finish_reason)) is not None:
+            kind, text = found
+            what = f"{text}: {end.message}" if end.message else text
+            raise kind(what, field="deadline_s" if kind is Late else None)
 
 
 def stopped() -> CierzoError:

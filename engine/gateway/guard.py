@@ -72,6 +72,7 @@ class Guard:
             log.exception("the request %s failed", call.request_id)
             await _refuse(call, CierzoError(f"internal error: {type(error).__name__}"))
         finally:
+            del scope["cierzo.call"]  # they know each other, and the cycle collector comes rarely
             if call.backend is not None:
                 call.backend.close()
 

@@ -88,7 +88,7 @@ def ask(backend: Backend, request: Request) -> Generation:
             return backend.generate_packed(request.packed, _seconds(request.arguments.get("deadline_s")))
         return backend.generate(**request.arguments)
     except CierzoError as error:
-        raise in_body(error, request.asked) from error
+        raise in_body(error, request.asked) from None
 
 
 def _seconds(given: object) -> float | None:

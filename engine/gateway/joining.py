@@ -11,7 +11,7 @@ from cierzo.engine.gateway import answers
 from cierzo.engine.gateway.asked import in_body
 from cierzo.engine.gateway.bodies import Request
 from cierzo.engine.gateway.call import ANYBODY, RETRY_AFTER_S, Call
-from cierzo.engine.gateway.errors import unplanned
+from cierzo.engine.gateway.errors import require_planned
 from cierzo.engine.gateway.house import House
 from cierzo.engine.gateway.token_words import chat_entry, prompt_entry
 from cierzo.engine.messages import Delta, Final
@@ -88,10 +88,8 @@ class Joining:
                         await asyncio.sleep(0)
             final = generation.final
         except CierzoError as error:
-            raise in_body(error, self._asked) from error
-        for end in final.samples:
-            if (found := unplanned(end)) is not None:
-                raise found
+            raise in_body(error, self._asked) from None
+        require_planned(final)
         return final
 
     def _add(self, delta: Delta) -> None:

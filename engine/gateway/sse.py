@@ -12,7 +12,7 @@ from cierzo.engine.frontend.delta_cost import delta_cost
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway.answers import Events
 from cierzo.engine.gateway.call import Call
-from cierzo.engine.gateway.errors import Headers, stopped, unplanned
+from cierzo.engine.gateway.errors import Headers, require_planned, stopped
 from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import Delta, Final
 
@@ -82,12 +82,10 @@ async def _accepted(run: Run) -> int:
         accepted = await run.generation.accepted()
         return accepted.prompt_tokens or (0 if run.counting is None else await run.counting())
     except ProtocolError:
-        for end in run.generation.final.samples:
-            if (found := unplanned(end)) is not None:
-                raise found from None
+        require_planned(run.generation.final)
         raise
     except CierzoError as error:
-        raise run.in_body(error) from error
+        raise run.in_body(error) from None
 
 
 async def together(*asked: Coroutine[Any, Any, T]) -> list[T]:
@@ -110,7 +108,7 @@ async def _told(call: Call, run: Run, comment_s: float) -> Final:
         await call.write(run.events.end(run.generation.final))
         return run.generation.final
     except CierzoError as error:
-        raise run.in_body(error) from error
+        raise run.in_body(error) from None
 
 
 async def _tell(call: Call, run: Run, timeout_s: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import time
@@ -16,6 +17,7 @@ from http_house import CHAT, MESSAGES, events_of
 from cierzo.engine.errors import CoreFailed
 from cierzo.engine.frontend.encoders import Late
 from cierzo.engine.frontend.generation import Generation
+from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.joining import Joining
 from cierzo.testing import FakeAnswer, ManualClock
 
@@ -254,6 +256,22 @@ def test_many_streams_at_once(either):
 
     asyncio.run(body())
     _until(lambda: house.frontend.streams.num_read == 0)
+
+
+def test_what_is_over_leaves_nothing_for_the_cycle_collector(either):
+    """A server has it come so rarely that what waits for it would gather for hours."""
+    house = either("x" * 50)
+    gc.collect()
+    gc.disable()
+    try:
+        with httpx2.Client() as client:
+            for body, status in ((CHAT, 200), (CHAT | {"stream": True}, 200), (CHAT | {"n": "x"}, 400)):
+                assert client.post(house.url + CHATS, json=body).status_code == status
+        with contextlib.closing(_asked(house, CHAT | {"stream": True, "max_tokens": 10_000})) as sock:
+            _heard(sock, b'"x"')
+        _until(lambda: not any(isinstance(each, Call) for each in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 def test_a_drain_waits_for_answers(opening):
