@@ -35,9 +35,10 @@ def one_of(field: str, value: str, allowed: Sequence[str]) -> None:
 
 def timeout(timeout_s: Any) -> float | None:
     """The seconds that a caller is ready to wait; None for ever. Raises InvalidRequest for what is no number."""
-    is_number = isinstance(timeout_s, Real) and not isinstance(timeout_s, bool) and not math.isnan(timeout_s)
-    if timeout_s is None or is_number:
-        return None if timeout_s is None else float(timeout_s)
+    if timeout_s is None:  # first, as nearly every wait for a delta asks
+        return None
+    if isinstance(timeout_s, Real) and not isinstance(timeout_s, bool) and not math.isnan(timeout_s):
+        return float(timeout_s)
     limit, told = "a number of seconds, or None", shown(timeout_s)
     raise InvalidRequest(f"timeout_s must be {limit}, got {told!r}", field="timeout_s", limit=limit, value=told)
 
