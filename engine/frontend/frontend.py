@@ -308,9 +308,6 @@ class Frontend:
         if stream.book.is_rated:
             stream.book.level -= len(delta.token_ids)
         sample = stream.samples[delta.sample]
-        if delta.prompt_logprobs:
-            self.outlets.add_scores(stream, delta.prompt_logprobs)
-            return  # they come alone
         if delta.token_ids:
             pace = self._pace
             if sample.last_s == pace.before_s:
@@ -320,6 +317,9 @@ class Frontend:
                 if stream.first_token_s is None:
                     self._began(stream)
             sample.last_s = pace.now_s
+        elif delta.prompt_logprobs:  # which come without tokens, and before the end
+            self.outlets.add_scores(stream, delta.prompt_logprobs)
+            return
         was_cut = sample.cut
         if not was_cut:
             self.outlets.add(stream, sample, delta)
