@@ -124,8 +124,11 @@ class FakeRunner:
         slots, contexts = self._ends(batch)
         words = self._words(batch, slots, contexts)
         words = mix(words ^ self._seeds[slots] ^ mix(contexts.astype(np.uint64)))
-        scored = {index: self._score(seq, batch) for index, seq in enumerate(plan.seqs) if seq.scoring is not None}
-        self._results.append(msgspec.structs.replace(self._choose(plan, batch, words), prompt_logprobs=scored))
+        result = self._choose(plan, batch, words)
+        if batch.num_expanded:  # prompts, of which some may be scored
+            scored = {at: self._score(seq, batch) for at, seq in enumerate(plan.seqs) if seq.scoring is not None}
+            result = msgspec.structs.replace(result, prompt_logprobs=scored)
+        self._results.append(result)
 
     def collect(self) -> StepResult:
         """The result of the step launched first of those not collected."""

@@ -159,7 +159,7 @@ class ModelRunner:
         every = batch.num_expanded == 0 and len(batch.sample_rows) == len(batch.token_ids)
         rows, sample_rows = self._rows(batch)
         scores: Scores = dict
-        if any(seq.scoring is not None for seq in plan.seqs):
+        if batch.num_expanded and any(seq.scoring is not None for seq in plan.seqs):
             head = self._model.head(rows, self._kv)
             scores = self._scorer.launch(plan.seqs, batch, head)
             logits = head(sample_rows)
