@@ -102,16 +102,11 @@ class FakeCore:
 
     def _score(self, sequence: Sequence) -> list[msgspec.Raw]:
         """The next log-probabilities of a prompt, as many as come in a step; made up of place and token."""
-        start, prompt, sampling = (
-            sequence.scored,
-            sequence.submit.prompt_token_ids[1:],
-            sequence.submit.sampling,
-        )
+        start, count = sequence.scored, sequence.submit.sampling.prompt_logprobs or 0
         sequence.scored += self.scored_at_once
-        return [
-            msgspec.Raw(msgspec.msgpack.encode(made_up_entry(place, token, sampling.prompt_logprobs or 0)))
-            for place, token in enumerate(prompt[start : sequence.scored], start)
-        ]
+        scored = sequence.submit.prompt_token_ids[start + 1 : sequence.scored + 1]
+        entries = (made_up_entry(place, token, count) for place, token in enumerate(scored, start))
+        return [msgspec.Raw(msgspec.msgpack.encode(entry)) for entry in entries]
 
     def end(self, key: Key, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> TokenDelta:
         """End a sample with its last tokens; what is said of that."""
