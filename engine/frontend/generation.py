@@ -61,40 +61,10 @@ class Inbox:
     """
 
     __slots__ = (
-        *(
-            "accepted",
-            "accepting",
-            "began_s",
-            "cancelled",
-            "costs",
-            "deltas",
-            "dropped",
-            "error",
-            "final",
-            "has_own_key",
-            "has_run",
-            "held",
-            "interruption",
-            "is_running",
-            "owner",
-            "keeps",
-            "last",
-            "link",
-            "received",
-        ),
-        *(
-            "prompt_received",
-            "reopened",
-            "request",
-            "settles_at",
-            "stream",
-            "timer",
-            "tokens",
-            "tried",
-            "tries",
-            "uncertain",
-        ),
-        *("unsettled", "until_s", "waiters", "was_sent"),
+        *("accepted", "accepting", "began_s", "cancelled", "costs", "deltas", "dropped", "error", "final"),
+        *("has_own_key", "has_run", "held", "interruption", "is_running", "keeps", "last", "link", "owner"),
+        *("prompt_received", "received", "reopened", "request", "settles_at", "stream", "timer", "tokens"),
+        *("tried", "tries", "uncertain", "unsettled", "until_s", "waiters", "was_sent"),
     )
 
     def __init__(
@@ -395,7 +365,7 @@ class Generation:
     async def next_batch(self, timeout_s: float | None = None) -> list[Delta]:
         """All deltas that have come and were not taken, at least one; none at the end. `timeout_s` as in `next`."""
         deltas, cost = await self.take_batch(timeout_s)
-        self._inbox.link.consumed(self._inbox, cost)
+        self.used(cost)
         if self._answers.joins:
             for delta in deltas:
                 self._answers.add(delta)
