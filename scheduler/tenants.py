@@ -99,8 +99,6 @@ class Tenants:
     def virtual_time(self, but: Tenant | None = None) -> float:
         """The level of the counters: that of the last turn, or the least of all who have sequences, if it is more.
         but: a tenant that is not asked."""
-        if len(self._active) == (but in self._active):
-            return self._last_turn
         counters = [tenant.counter for tenant in self._active if tenant is not but]
         return max(self._last_turn, min(counters)) if counters else self._last_turn
 
