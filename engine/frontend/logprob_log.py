@@ -40,12 +40,10 @@ class LogprobLog:
             ends.append(self._dropped + len(data))
             return packed
         start = len(data)
-        for entry in entries:
-            data += _encode(entry)
-            ends.append(self._dropped + len(data))
+        self.add_packed(map(_encode, entries))
         return b"\xdc" + len(entries).to_bytes(2, "big") + data[start:]
 
-    def add_packed(self, entries: Iterable[msgspec.Raw]) -> None:
+    def add_packed(self, entries: Iterable[bytes | msgspec.Raw]) -> None:
         """Append the entries of the next tokens, each packed already."""
         data, ends = self._data, self._ends
         for entry in entries:
