@@ -94,14 +94,12 @@ class Outlets:
         """A stream was accepted, or has a new reader: it gets what is behind the cursor."""
         sink = stream.sink
         assert sink is not None
-        if ACCEPTANCE in sink.features:
-            accepted = self._accepted(stream)
-            sink.put(msgspec.structs.replace(accepted, prompt_tokens=stream.num_prompt_tokens))
-        elif stream.name:
-            sink.put(self._accepted(stream))
+        in_process = ACCEPTANCE in sink.features
+        if in_process or stream.name:
+            sink.put(self._accepted(stream, stream.num_prompt_tokens if in_process else 0))
         stream.skips = False
         stream.credit = self._config.stream_credit_bytes if "credit" in sink.features else None
-        if stream.credit is not None and ACCEPTANCE in sink.features:
+        if stream.credit is not None and in_process:
             stream.credit //= DELTA_HEAP
         is_behind = stream.unsent
         stream.pending_bytes = stream.unsent_bytes if is_behind else 0
@@ -196,7 +194,7 @@ class Outlets:
         assert stream.prompt is not None
         num_bytes, is_late = stream.prompt.extend(entries), stream.pending_bytes * 2 > stream.pending_limit
         self._bound(stream)
-        if self._waits(stream, num_bytes):
+        if self._left_unsent(stream, num_bytes):
             self._make_ready(stream)
             if is_late and not stream.paused:
                 self._pause(stream)
@@ -252,13 +250,14 @@ class Outlets:
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _accepted(self, stream: Stream) -> Accepted:
+    def _accepted(self, stream: Stream, prompt_tokens: int) -> Accepted:
         return Accepted(
             stream=stream.stream_id,
             request_id=stream.name,
             seed=stream.sampling.seed or 0,
             queue_position=self._streams.position(stream),
             deadline_s=round(stream.deadline_at_s - stream.arrived, 6),
+            prompt_tokens=prompt_tokens,
         )
 
     def _log(self, stream: Stream, sample: Sample, delta: TokenDelta) -> None:
@@ -266,12 +265,12 @@ class Outlets:
         if len(sample.token_ids) % BOUND_TOKENS < len(delta.token_ids):
             sample.remember()
             self._bound(stream)
-        is_running = self._waits(stream, num_bytes) and delta.finish is None
+        is_running = self._left_unsent(stream, num_bytes) and delta.finish is None
         if is_running and stream.pending_bytes > stream.pending_limit and not stream.paused:
             self._pause(stream)
 
-    def _waits(self, stream: Stream, num_bytes: int) -> bool:
-        """So many bytes more of a stream are in its log: whether a reader waits for them."""
+    def _left_unsent(self, stream: Stream, num_bytes: int) -> bool:
+        """Note that so many bytes more of a stream are in its log alone: False if no reader waits for them."""
         if stream.sink is None or not stream.deltas:
             return False
         stream.flows = False
