@@ -238,5 +238,8 @@ def _again(inbox: Inbox) -> Generate | Resume | None:
     if inbox.accepted is not None:
         request = Resume(stream=0, request_id=inbox.accepted.request_id, received=[])
     if isinstance(request, Resume):
-        return msgspec.structs.replace(request, received=[*inbox.received], prompt_received=inbox.prompt_received)
+        received, scores = [*inbox.received], inbox.prompt_received if inbox.is_scored else 0
+        if inbox.interruption is not None:  # what waits to be taken, another server had told
+            received[0] += sum(len(delta.token_ids) for delta in inbox.deltas)
+        return msgspec.structs.replace(request, received=received, prompt_received=scores)
     return request if request is not None and request.idempotency_key is not None else None

@@ -105,6 +105,12 @@ class Inbox:
         return self.final is not None or self.error is not None
 
     @property
+    def is_scored(self) -> bool:
+        """Whether its server tells log-probabilities of the prompt, if they are wanted: one to which it moved does
+        not, as all had come before."""
+        return not isinstance(self.request, Generate) or self.request.sampling.prompt_logprobs is not None
+
+    @property
     def failure(self) -> CierzoError | None:
         """The error, to be raised: one that ends a connection is raised by all its generations, and would otherwise
         keep what each of them was doing."""
@@ -172,12 +178,23 @@ class Inbox:
             self.timer = None
 
     def rewind(self) -> None:
-        """The connection is lost: what was not taken will come again."""
+        """The connection is lost: what was not taken will come again, but for what another server had told before
+        it moved here."""
+        known, kept = 0, []
+        if self.interruption is not None and isinstance(self.request, Generate):
+            place, known = self.received[0], len(self.request.output_token_ids)
+            for delta in self.deltas:
+                place += len(delta.token_ids)
+                if place > known or (delta.prompt_logprobs and self.is_scored):
+                    break
+                kept.append(delta)
         self.deltas.clear()
         self.costs.clear()
+        self.deltas.extend(kept)
+        self.costs.extend([0] * len(kept))
         self.held = self.unsettled = 0
         if self.keeps:
-            del self.tokens[self.received[0] :]
+            del self.tokens[max(known, self.received[0]) :]
         self.reopened = True
 
     def move(self, request: Generate, interruption: CierzoError) -> None:
