@@ -117,7 +117,6 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
 
     def resume_writing(self) -> None:
         """The peer reads again."""
-        self._num_own = 0
         if self._is_up:
             self._app.resume_writing()
 
@@ -232,8 +231,9 @@ class TlsLayer(asyncio.Protocol, asyncio.Transport):
             pass
         except ssl.SSLError as failed:
             error = failed
-        self._num_own += self._outgoing.pending
-        if self._num_own > MAX_OWN_BYTES and self.get_write_buffer_size() > self._config.high_water_bytes:
+        is_full = self.get_write_buffer_size() > self._config.high_water_bytes
+        self._num_own = self._num_own + self._outgoing.pending if is_full else 0
+        if self._num_own > MAX_OWN_BYTES:
             log.warning("%s asks for new TLS keys and reads none: it is closed", self._peer, extra=BY_STRANGERS)
             self.abort()
             return

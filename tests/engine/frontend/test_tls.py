@@ -180,18 +180,20 @@ def _stands_still(connection, seen=[0, 0]):  # noqa: B006, what was seen before
 
 
 def test_who_asks_for_new_keys_and_does_not_read_is_ended(run, serving, issue, trusting, caplog):
-    """Bytes that TLS says by itself are bounded too. As Python cannot ask for new keys, some are made up."""
+    """Bytes that TLS says by itself are bounded too, while they find no room; those of before do not count. As
+    Python cannot ask for new keys, some are made up."""
 
     async def body():
         async with serving(**issue()) as house, connected(house, trusting()) as peer:
             (connection,) = house.server._connections
             layer = connection._transport
             peer.writer.transport.pause_reading()
-            layer.get_write_buffer_size = lambda: house.server.config.high_water_bytes + 1
-            for _ in range(tls_layer.MAX_OWN_BYTES // 4096):
-                layer._outgoing.write(bytes(4096))
-                layer._read()
-            assert not layer.is_closing()
+            for size in (0, house.server.config.high_water_bytes + 1):
+                layer.get_write_buffer_size = lambda size=size: size
+                for _ in range(tls_layer.MAX_OWN_BYTES // 4096):
+                    layer._outgoing.write(bytes(4096))
+                    layer._read()
+                assert not layer.is_closing()
             layer._outgoing.write(bytes(4096))
             layer._read()
             await until(lambda: not house.server._connections)
