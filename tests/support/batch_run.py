@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 
 from cierzo.cli import main
@@ -79,13 +78,6 @@ class Run:
 
 def text_of(body):
     return body["choices"][0]["message"]["content"]
-
-
-def until(is_there, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not is_there():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def echo(message: Generate):

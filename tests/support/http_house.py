@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from typing import Any
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import httpx2
+from openai import OpenAI
 
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.observe.web import MetricsServer
@@ -18,6 +24,9 @@ from cierzo.engine.testing.server import FakeServer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "fake", "messages": MESSAGES}
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+KIND = b"Content-Type: application/json\r\n"
+T = TypeVar("T")
 
 
 class HttpHouse(FakeServer):
@@ -75,6 +84,14 @@ class HttpHouse(FakeServer):
         """Answer of a POST."""
         return httpx2.post(self.url + path, **({} if json is None else {"json": json}), **options)
 
+    def openai(self, **options: Any) -> OpenAI:
+        """OpenAI's client, which tries nothing again unless it is told to."""
+        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+
+    def connect(self) -> socket.socket:
+        """A connection of bytes."""
+        return socket.create_connection(self.host, timeout=10)
+
     async def _open(self) -> None:
         await super()._open()
         server = self._running.server
@@ -98,6 +115,30 @@ class HttpHouse(FakeServer):
 
     async def _connect(self, key: str | None) -> Client:
         return await Client.connect(self._running.server.address, key=key)
+
+
+def post_of(body: Any) -> bytes:
+    """The bytes of a request for an answer of a chat."""
+    data = json.dumps(body).encode()
+    return POST + KIND + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
+def heard(sock: socket.socket, end: bytes | None = None) -> bytes:
+    """What comes on a connection, up to `end`, or all of it where that never comes."""
+    told = b""
+    with contextlib.suppress(ConnectionError):
+        while (end is None or end not in told) and (more := sock.recv(65536)):
+            told += more
+    return told
+
+
+def until(condition: Callable[[], T], limit_s: float = 20.0) -> T:
+    """Wait for what another thread or process does: the first true value of a condition."""
+    until_s = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+    return found
 
 
 def events_of(text: str) -> list[Any]:

@@ -7,8 +7,8 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from batch_run import Run, a_line, echo, text_of, until
-from http_house import HttpHouse
+from batch_run import Run, a_line, echo, text_of
+from http_house import HttpHouse, until
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response

@@ -10,8 +10,8 @@ import sys
 from io import FileIO
 
 import pytest
-from batch_run import Run, a_line, echo, text_of, until
-from http_house import HttpHouse
+from batch_run import Run, a_line, echo, text_of
+from http_house import HttpHouse, until
 
 from cierzo.cli import main
 from cierzo.engine.commands import batch

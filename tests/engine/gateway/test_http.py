@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
-import socket
 
+import httpx2
 import pytest
-from http_house import CHAT, HttpHouse
+from http_house import CHAT, HttpHouse, heard
 
 from cierzo import __version__
 from cierzo.engine.errors import ConfigError
@@ -20,14 +19,11 @@ def _error(answer):
     return answer.json()["error"]
 
 
-def _said(house, data, until=b"\r\n\r\n"):
-    """What comes back for raw bytes, up to `until` or the end of the connection."""
-    with socket.create_connection(house.host, timeout=10) as sock:
+def _said(house, data, end=b"\r\n\r\n"):
+    """What comes back for raw bytes, up to `end`; None: to the end of the connection."""
+    with house.connect() as sock:
         sock.sendall(data)
-        heard = b""
-        while until not in heard and (more := sock.recv(65536)):
-            heard += more
-    return heard
+        return heard(sock, end)
 
 
 # --- paths and methods ---------------------------------------------------------------------------------------
@@ -69,8 +65,6 @@ def test_paths_that_are_none(house):
 
 
 def test_head_has_no_body(house):
-    import httpx2
-
     answer = httpx2.head(house.url + "/version")
     assert (answer.status_code, answer.content) == (200, b"")
     assert int(answer.headers["content-length"]) > 0
@@ -125,7 +119,6 @@ def test_pages_of_other_sites_may_not_call_unless_they_are_named(opening):
     house = opening("x", http={"cors_origin": ("https://mine.example",)})
     named = "content-type, x-stainless-retry-count"  # of OpenAI's own clients, which a page may have
     asks = {"access-control-request-method": "POST", "access-control-request-headers": named}
-    import httpx2
 
     def asked(origin):
         return httpx2.options(house.url + CHATS, headers={"origin": origin, **asks})
@@ -200,8 +193,8 @@ def test_bytes_that_are_no_http(house):
 
 def test_a_head_that_is_too_long(house):
     for line in (b"x: " + b"y" * 70_000, b"\r\n".join(b"h%d: 1" % number for number in range(200))):
-        heard = _said(house, b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n")
-        assert heard.startswith(b"HTTP/1.1 431 ")
+        answer = _said(house, b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 431 ")
     assert house.get("/version").status_code == 200
 
 
@@ -217,42 +210,30 @@ def test_a_head_that_is_too_long(house):
 )
 def test_a_request_that_does_not_arrive(opening, data):
     house = opening("x", http={"request_timeout_s": 0.2})
-    with socket.create_connection(house.host, timeout=10) as sock:
-        sock.sendall(data)
-        assert sock.recv(1) == b""
+    assert _said(house, data, None) == b""
 
 
 def test_a_connection_that_is_idle(opening):
     house = opening("x", http={"idle_s": 0.2})
-    with socket.create_connection(house.host, timeout=10) as sock:
-        sock.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        heard = b""
-        while more := sock.recv(65536):
-            heard += more
-    assert heard.startswith(b"HTTP/1.1 200 ")
+    answer = _said(house, b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n", None)
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_one_connection_too_many(opening):
     house = opening("x", max_connections=2)
-    with socket.create_connection(house.host), socket.create_connection(house.host):
+    with house.connect(), house.connect():
         assert _said(house, b"").startswith(b"HTTP/1.1 503 ")
 
 
 def test_requests_that_follow_each_other_on_a_connection(house):
     one = b"GET /version HTTP/1.1\r\nHost: localhost\r\n"
-    heard = _said(house, (one + b"\r\n") * 2 + one + b"Connection: close\r\n\r\n", until=b"nothing")
-    assert heard.count(b"HTTP/1.1 200 OK") == 3
+    answers = _said(house, (one + b"\r\n") * 2 + one + b"Connection: close\r\n\r\n", None)
+    assert answers.count(b"HTTP/1.1 200 OK") == 3
 
 
 def test_requests_that_come_too_many_at_a_time(house):
     one = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with socket.create_connection(house.host, timeout=10) as sock:
-        sock.sendall(one * 200)
-        heard = b""
-        with contextlib.suppress(ConnectionResetError):
-            while more := sock.recv(65536):
-                heard += more
-    assert heard.count(b"HTTP/1.1 200 OK") < 200
+    assert _said(house, one * 200, None).count(b"HTTP/1.1 200 OK") < 200
 
 
 # --- addresses -----------------------------------------------------------------------------------------------
@@ -270,8 +251,6 @@ def test_an_address_that_is_taken(house):
 
 
 def test_a_unix_socket(opening, tmp_path):
-    import httpx2
-
     path = tmp_path / "http.sock"
     opening("Hello", http={"http": f"unix:{path}"})
     with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path))) as client:

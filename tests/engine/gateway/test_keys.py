@@ -46,7 +46,7 @@ def _bearer(key, scheme="Bearer"):
 
 def test_a_key_opens_the_door(keyed):
     house = keyed("Hello")
-    with openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0) as client:
+    with house.openai(api_key=SEARCH) as client:
         answer = client.chat.completions.create(model="fake", messages=MESSAGES)
         assert answer.choices[0].message.content == "Hello"
         assert [model.id for model in client.models.list()] == ["fake"]
@@ -81,7 +81,7 @@ def test_metrics_want_a_right(opening, keys):
 
 def test_limits_are_the_tenants(keyed):
     house = keyed("x" * 100, token_s=60.0)
-    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0)
+    client = house.openai(api_key=SEARCH)
     with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
         next(stream)
         refused = house.post(CHATS, CHAT, headers=_bearer(SEARCH))
@@ -105,7 +105,7 @@ def _write(house, keys, *lines):
 @pytest.mark.parametrize("lines", [(*LINES[:2], *LINES[3:]), (*LINES[:2], key_line(SEARCH, "watch"), *LINES[3:])])
 def test_a_key_that_is_taken_back_ends_what_runs(keyed, keys, lines):
     house = keyed("x" * 100, token_s=60.0)
-    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=SEARCH, max_retries=0)
+    client = house.openai(api_key=SEARCH)
     with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
         next(stream)
         _write(house, keys, *lines)
@@ -130,7 +130,7 @@ def test_a_key_that_is_given_back_opens_the_door_again(keyed, keys):
 
 def test_other_keys_do_not_end_what_runs(keyed, keys):
     house = keyed("x" * 20, token_s=0.02)
-    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key=ADMIN, max_retries=0)
+    client = house.openai(api_key=ADMIN)
     with client, client.chat.completions.create(model="fake", messages=MESSAGES, stream=True) as stream:
         next(stream)
         _write(house, keys, *LINES[:2], *LINES[3:])

@@ -16,16 +16,12 @@ from cierzo.testing import FakeAnswer
 TOOL = {"type": "function", "function": {"name": "wind", "parameters": {"type": "object"}}}
 
 
-def _client(house, **options):
-    return openai.OpenAI(base_url=f"{house.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
-
-
 def _chat(client, **options):
     return client.chat.completions.create(**{"model": "fake", "messages": MESSAGES, **options})
 
 
 def test_a_chat_completion(either):
-    with _client(either("Hello there.")) as client:
+    with either("Hello there.").openai() as client:
         answer = _chat(client, max_tokens=50)
     (choice,) = answer.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == (
@@ -40,7 +36,7 @@ def test_a_chat_completion(either):
 
 
 def test_a_chat_completion_in_a_stream(either):
-    with _client(either("Hello there.")) as client:
+    with either("Hello there.").openai() as client:
         chunks = [*_chat(client, stream=True, stream_options={"include_usage": True})]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
@@ -54,7 +50,7 @@ def test_a_chat_completion_in_a_stream(either):
 
 def test_usage_in_every_event(either):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    with _client(either("Hello")) as client:
+    with either("Hello").openai() as client:
         chunks = [*_chat(client, stream=True, stream_options=options)]
     told = [(chunk.usage.prompt_tokens, chunk.usage.completion_tokens) for chunk in chunks]
     assert told[0] == (8, 0)
@@ -64,7 +60,7 @@ def test_usage_in_every_event(either):
 
 
 def test_several_answers(either):
-    with _client(either("abc")) as client:
+    with either("abc").openai() as client:
         whole = _chat(client, n=3)
         chunks = [*_chat(client, n=3, stream=True)]
     assert [(choice.index, choice.message.content) for choice in whole.choices] == [(i, "abc") for i in range(3)]
@@ -77,7 +73,7 @@ def test_several_answers(either):
 
 
 def test_an_answer_that_is_cut(either):
-    with _client(either("abcdef")) as client:
+    with either("abcdef").openai() as client:
         (choice,) = _chat(client, max_completion_tokens=3).choices
         assert (choice.message.content, choice.finish_reason) == ("abc", "length")
         (choice,) = _chat(client, stop=["d"]).choices
@@ -86,7 +82,7 @@ def test_an_answer_that_is_cut(either):
 
 def test_thoughts_and_calls(either):
     answer = FakeAnswer(thinking="Hm. ", text="So", calls=[("wind", {"at": "sea"}), ("wind", {"at": "Teruel"})])
-    with _client(either(answer)) as client:
+    with either(answer).openai() as client:
         whole = _chat(client, tools=[TOOL])
         chunks = [*_chat(client, tools=[TOOL], stream=True)]
     (choice,) = whole.choices
@@ -115,7 +111,7 @@ def test_thoughts_and_calls(either):
 
 
 def test_the_clients_own_stream_helper_joins_calls(either):
-    client = _client(either(FakeAnswer(calls=[("wind", {"at": "sea"})])))
+    client = either(FakeAnswer(calls=[("wind", {"at": "sea"})])).openai()
     with client, client.chat.completions.stream(model="fake", messages=MESSAGES, tools=[TOOL]) as stream:
         for _ in stream:
             pass
@@ -126,7 +122,7 @@ def test_the_clients_own_stream_helper_joins_calls(either):
 
 def test_a_conversation_with_a_tool_goes_on(either):
     house = either([FakeAnswer(calls=[("wind", {"at": "sea"})]), "Calm."])
-    with _client(house) as client:
+    with house.openai() as client:
         first = _chat(client, tools=[TOOL]).choices[0].message
         call = first.tool_calls[0]
         result = {"role": "tool", "tool_call_id": call.id, "content": "0 kn", "name": "wind"}
@@ -135,7 +131,7 @@ def test_a_conversation_with_a_tool_goes_on(either):
 
 
 def test_log_probabilities(either):
-    with _client(either("hé")) as client:
+    with either("hé").openai() as client:
         (whole,) = _chat(client, logprobs=True, top_logprobs=2).choices
         chunks = [*_chat(client, logprobs=True, top_logprobs=2, stream=True)]
     entries = whole.logprobs.content
@@ -152,7 +148,7 @@ def test_log_probabilities(either):
 
 def test_completions_of_texts_and_tokens(either):
     house = either({"one": "1", "two": "22", (7, 8): "78"})
-    with _client(house) as client:
+    with house.openai() as client:
         both = client.completions.create(model="fake", prompt=["one", "two"], n=2)
         tokens = client.completions.create(model="fake", prompt=[7, 8])
         chunks = [*client.completions.create(model="fake", prompt=["one", "two"], stream=True)]
@@ -166,7 +162,7 @@ def test_completions_of_texts_and_tokens(either):
 
 
 def test_log_probabilities_of_completions(either):
-    with _client(either("ab")) as client:
+    with either("ab").openai() as client:
         (whole,) = client.completions.create(model="fake", prompt="x", logprobs=2).choices
         chunks = [*client.completions.create(model="fake", prompt="x", logprobs=2, stream=True)]
     told = whole.logprobs
@@ -181,7 +177,7 @@ def test_log_probabilities_of_completions(either):
 
 
 def test_a_prompt_that_comes_before_its_answer(either):
-    with _client(either("bc")) as client:
+    with either("bc").openai() as client:
         assert client.completions.create(model="fake", prompt="a", echo=True).choices[0].text == "abc"
         assert client.completions.create(model="fake", prompt=[*b"xy"], echo=True).choices[0].text == "xybc"
         assert client.completions.create(model="fake", prompt="a", echo=True, max_tokens=0).choices[0].text == "a"
@@ -190,7 +186,7 @@ def test_a_prompt_that_comes_before_its_answer(either):
 
 
 def test_models(either):
-    with _client(either("x", http={"served_model_name": ("alias",)})) as client:
+    with either("x", http={"served_model_name": ("alias",)}).openai() as client:
         assert [model.id for model in client.models.list()] == ["alias", "fake"]
         assert client.models.retrieve("fake").max_model_len == 4096
         assert _chat(client, model="alias").model == "alias"
@@ -202,7 +198,7 @@ def test_models(either):
 
 
 def test_what_is_refused_has_the_status_and_the_field(either):
-    with _client(either("x")) as client:
+    with either("x").openai() as client:
         with pytest.raises(openai.BadRequestError) as refused:
             _chat(client, max_completion_tokens=-1)
         assert refused.value.param == "max_completion_tokens"
@@ -215,11 +211,11 @@ def test_what_is_refused_has_the_status_and_the_field(either):
 def test_a_client_tries_again_when_it_is_told_to(either):
     house = either("Hello")
     house.refuse(Overloaded("full"), retry_after_s=0.01, times=2)
-    with _client(house, max_retries=2) as client:
+    with house.openai(max_retries=2) as client:
         assert _chat(client).choices[0].message.content == "Hello"
     assert len(house.requests) == 3
     house.refuse(Draining("full"), retry_after_s=0.01)
-    with _client(house) as client, pytest.raises(openai.InternalServerError) as refused:
+    with house.openai() as client, pytest.raises(openai.InternalServerError) as refused:
         _chat(client)
     assert refused.value.status_code == 503
     assert refused.value.response.headers["retry-after-ms"] == "10"
@@ -229,7 +225,7 @@ def test_a_client_tries_again_when_it_is_told_to(either):
 
 def test_a_client_does_not_try_again_what_is_wrong(either):
     house = either("Hello")
-    with _client(house, max_retries=2) as client, pytest.raises(openai.BadRequestError) as refused:
+    with house.openai(max_retries=2) as client, pytest.raises(openai.BadRequestError) as refused:
         _chat(client, temperature=-1.0)
     assert refused.value.response.headers["x-should-retry"] == "false"
 
@@ -255,7 +251,7 @@ def test_the_clients_parser_reads_an_answer(either):
     class Wind(pydantic.BaseModel):
         knots: int
 
-    with _client(either('{"knots": 3}')) as client:
+    with either('{"knots": 3}').openai() as client:
         answer = _chat(client)
         assert Wind.model_validate_json(answer.choices[0].message.content).knots == 3
         with pytest.raises(openai.BadRequestError, match="response_format"):  # no grammars yet

@@ -37,10 +37,6 @@ RAISED = [
 ]
 
 
-def _client(house, **options):
-    return openai.OpenAI(base_url=f"{house.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
-
-
 def _ways(client):
     """A call of each endpoint that has answers, whole and in a stream."""
     chat, text, responses = client.chat.completions.create, client.completions.create, client.responses.create
@@ -54,7 +50,7 @@ def _ways(client):
 def test_what_the_client_raises(either, error, kind, status, again):
     house = either("Hello")
     house.refuse(error, times=None)
-    with _client(house) as client:
+    with house.openai() as client:
         for call in _ways(client):
             with pytest.raises(openai.APIStatusError) as raised:
                 call()
@@ -72,7 +68,7 @@ def test_what_the_client_raises(either, error, kind, status, again):
 def test_it_tries_again_as_often_as_it_may_and_no_more(either):
     house = either("Hello")
     house.refuse(Overloaded("full"), times=None, retry_after_s=0.01)
-    with _client(house, max_retries=3) as client, pytest.raises(openai.RateLimitError):
+    with house.openai(max_retries=3) as client, pytest.raises(openai.RateLimitError):
         client.responses.create(model="fake", input="Hi")
     assert len(house.requests) == 4
 
@@ -81,7 +77,7 @@ def test_it_tries_again_as_often_as_it_may_and_no_more(either):
 def test_it_does_not_try_again_what_is_bound_to_fail(either, error):
     house = either("Hello")
     house.refuse(error, times=None)
-    with _client(house, max_retries=3) as client, pytest.raises(openai.APIStatusError):
+    with house.openai(max_retries=3) as client, pytest.raises(openai.APIStatusError):
         client.completions.create(model="fake", prompt="Hi", stream=True)
     assert len(house.requests) == 1
 
@@ -90,7 +86,7 @@ def test_it_waits_as_long_as_it_is_told(either):
     house = either("Hello")
     house.refuse(Overloaded("full"), retry_after_s=0.25)
     began = time.monotonic()
-    with _client(house, max_retries=1) as client:
+    with house.openai(max_retries=1) as client:
         client.chat.completions.create(model="fake", messages=MESSAGES)
     assert time.monotonic() - began >= 0.25  # and not half a second and more, as it does by itself
     assert house.requests
@@ -113,7 +109,7 @@ def test_an_async_client_raises_and_tries_again(either):
 
 def test_an_answer_that_fails_in_the_middle(either):
     house = either("x" * 100, token_s=60.0)
-    with _client(house) as client:
+    with house.openai() as client:
         chat, text = client.chat.completions.create, client.completions.create
         streams = [
             chat(model="fake", messages=MESSAGES, stream=True),

@@ -14,16 +14,12 @@ PROMPT = [*b"abcd"]
 ECHO = {"model": "fake", "prompt": "abcd", "echo": True, "logprobs": 2, "max_tokens": 1}
 
 
-def _client(house):
-    return openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0)
-
-
 def _made_up():
     return [made_up_entry(place, token, 2).logprob for place, token in enumerate(PROMPT[1:])]
 
 
 def test_echo_has_an_entry_for_each_token_and_one_more(either):
-    with _client(either("xyz")) as client:
+    with either("xyz").openai() as client:
         (choice,) = client.completions.create(**ECHO).choices
     told = choice.logprobs
     assert choice.text == "abcdx"
@@ -37,28 +33,28 @@ def test_echo_has_an_entry_for_each_token_and_one_more(either):
 
 
 def test_echo_of_token_ids_and_of_several_prompts(either):
-    with _client(either("xyz")) as client:
+    with either("xyz").openai() as client:
         choices = client.completions.create(**ECHO | {"prompt": [PROMPT, [7, 8]], "n": 2}).choices
     assert [choice.text for choice in choices] == ["abcdx"] * 2 + ["\x07\x08x"] * 2
     assert [len(choice.logprobs.tokens) for choice in choices] == [5, 5, 3, 3]
 
 
 def test_echo_without_an_answer(either):
-    with _client(either("xyz")) as client:
+    with either("xyz").openai() as client:
         (choice,) = client.completions.create(**ECHO | {"max_tokens": 0}).choices
     assert choice.text == "abcd"
     assert choice.logprobs.token_logprobs == [None, *_made_up()]
 
 
 def test_echo_of_nothing_is_refused(either):
-    with _client(either("xyz")) as client, pytest.raises(openai.BadRequestError) as refused:
+    with either("xyz").openai() as client, pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(**ECHO | {"prompt": ""})
     assert refused.value.param == "prompt"
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_echo_in_a_stream(either, max_tokens):
-    with _client(either("xyz")) as client:
+    with either("xyz").openai() as client:
         (whole,) = client.completions.create(**ECHO | {"max_tokens": max_tokens}).choices
         chunks = [*client.completions.create(**ECHO | {"max_tokens": max_tokens}, stream=True)]
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
@@ -68,7 +64,7 @@ def test_echo_in_a_stream(either, max_tokens):
 
 
 def test_tokens_that_are_told_by_their_ids(either):
-    with _client(either("xyz")) as client:
+    with either("xyz").openai() as client:
         body = ECHO | {"extra_body": {"return_tokens_as_token_ids": True}}
         (choice,) = client.completions.create(**body).choices
     assert choice.logprobs.tokens == [f"token_id:{token}" for token in b"abcdx"]
