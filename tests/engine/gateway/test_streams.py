@@ -12,7 +12,7 @@ import time
 import httpx2
 import openai
 import pytest
-from http_house import CHAT, MESSAGES, events_of
+from http_house import CHAT, MESSAGES, events_of, heard, post_of, until
 
 from cierzo.engine.errors import CoreFailed
 from cierzo.engine.frontend.encoders import Late
@@ -22,31 +22,22 @@ from cierzo.engine.gateway.joining import Joining
 from cierzo.testing import FakeAnswer, ManualClock
 
 CHATS = "/v1/chat/completions"
-
-
-def _until(condition, limit_s=10.0):
-    """Wait until something that another thread does has happened."""
-    until_s = time.monotonic() + limit_s
-    while not (found := condition()):
-        assert time.monotonic() < until_s
-        time.sleep(0.005)
-    return found
+LONG = [{"role": "user", "content": "y" * 3000}]  # more than is encoded on the loop
 
 
 def _asked(house, body):
-    """A socket on which a request was sent."""
-    data = json.dumps(body).encode()
-    sock = socket.create_connection(house.host, timeout=10)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    """A connection on which a request was sent."""
+    sock = house.connect()
+    sock.sendall(post_of(body))
     return sock
 
 
-def _heard(sock, until):
-    heard = b""
-    while until not in heard and (more := sock.recv(65536)):
-        heard += more
-    return heard
+@contextlib.contextmanager
+def _streaming(house, **more):
+    """The connection of a stream whose first token has come."""
+    with _asked(house, CHAT | {"stream": True} | more) as sock:
+        heard(sock, b'"x"')
+        yield sock
 
 
 def _num_running(house):
@@ -77,7 +68,7 @@ def test_a_deadline_ends_a_stream_with_an_error(either):
 
 def test_a_failure_ends_a_stream_with_an_error_that_the_client_raises(either):
     house = either("x" * 100, token_s=60.0)
-    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0) as client:
+    with house.openai() as client:
         stream = client.chat.completions.create(model="fake", messages=MESSAGES, stream=True)
         assert next(stream).choices[0].delta.role == "assistant"
         assert next(stream).choices[0].delta.content == "x"
@@ -90,11 +81,9 @@ def test_a_failure_ends_a_stream_with_an_error_that_the_client_raises(either):
 
 def test_an_end_of_the_server_ends_streams_with_an_error(opening):
     house = opening("x" * 100, token_s=60.0)
-    sock = _asked(house, CHAT | {"stream": True})
-    with contextlib.closing(sock):
-        _heard(sock, b'"x"')
+    with _streaming(house) as sock:
         house._do(house.frontend.interrupt)
-        rest = _heard(sock, b"0\r\n\r\n")
+        rest = heard(sock, b"0\r\n\r\n")
     assert b'"code":"interrupted"' in rest
     assert b"[DONE]" not in rest
 
@@ -102,12 +91,10 @@ def test_an_end_of_the_server_ends_streams_with_an_error(opening):
 def test_an_end_of_the_door_tells_whoever_still_waits(either, caplog):
     """A gateway that ends cannot have the server tell it."""
     house = either("x" * 100, token_s=60.0)
-    stream, whole = _asked(house, CHAT | {"stream": True}), _asked(house, CHAT)
-    with contextlib.closing(stream), contextlib.closing(whole):
-        _heard(stream, b'"x"')
-        _until(lambda: _num_running(house) == 2)
+    with _streaming(house) as stream, _asked(house, CHAT) as whole:
+        until(lambda: _num_running(house) == 2)
         house._ask(lambda: house.door.close(0.0))
-        rest, told = _heard(stream, b"0\r\n\r\n"), _heard(whole, b"}}")
+        rest, told = heard(stream, b"0\r\n\r\n"), heard(whole, b"}}")
     assert b'"code":"interrupted"' in rest
     assert b"[DONE]" not in rest
     assert b" 503 " in told
@@ -122,64 +109,115 @@ def test_a_reader_that_goes_away_cancels_at_once(either, stream):
     house = either("x" * 100, token_s=1.0, clock=clock)
     sock = _asked(house, CHAT | {"stream": stream, "max_tokens": 100})
     if stream:
-        _heard(sock, b'"x"')
-    _until(lambda: _num_running(house) == 1)
+        heard(sock, b'"x"')
+    until(lambda: _num_running(house) == 1)
     sock.close()
-    _until(lambda: _num_running(house) == 0)  # and the clock stands still
+    until(lambda: _num_running(house) == 0)  # and the clock stands still
     assert house.frontend.counters.finished == 1
-    _until(lambda: not house.door.state.tasks)
+    until(lambda: not house.door.state.tasks)
 
 
-def test_a_reader_that_goes_away_before_its_prompt_is_encoded(opening):
-    house = opening("x", first_token_s=60.0)
-    house.health = "loading"
-    sock = _asked(house, CHAT | {"stream": True})
-    assert b" 429 " in _heard(sock, b"\r\n\r\n")
-    sock.close()
+class HeldEncoder:
+    """An encoder that has no time: a long prompt waits in it for ever, or until it is late."""
+
+    def __init__(self, encoder, late_s=None):
+        self.budget = encoder.budget
+        self.waiting = []
+        self._late_s = late_s
+
+    def submit(self, job, body, attached, deadline_at_s, tenant=""):
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting.append(answer)
+        if self._late_s is not None:
+            asyncio.get_running_loop().call_later(self._late_s, answer.set_exception, Late())
+        return answer
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reader_that_goes_away_before_its_prompt_is_encoded(either, stream):
+    house = either("x")
+    held = house.frontend._arrivals._encoders = HeldEncoder(house.frontend._arrivals._encoders)
+    with _asked(house, CHAT | {"messages": LONG, "stream": stream}):
+        (prompt,) = until(lambda: held.waiting)
+    until(prompt.cancelled)
+    until(lambda: not house.door.state.tasks)
+    assert not house.core.submits
+
+
+def test_a_stream_that_cannot_begin_is_refused_by_its_status(either):
+    house = either("x", health="loading")
+    refused = house.post(CHATS, CHAT | {"stream": True})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
 
 
 def test_comments_keep_a_silent_stream_alive(opening):
     house = opening("x", first_token_s=60.0, http={"comment_s": 0.05})
-    with contextlib.closing(_asked(house, CHAT | {"stream": True})) as sock:
-        assert _heard(sock, b": \n\n").count(b"data: ") == 1
+    with _asked(house, CHAT | {"stream": True}) as sock:
+        assert heard(sock, b": \n\n").count(b"data: ") == 1
     silent = opening("x", first_token_s=0.3)
     assert ": \n\n" not in silent.post(CHATS, CHAT | {"stream": True}).text
 
 
-def test_a_reader_that_does_not_read_is_bounded_and_hinders_nobody(opening):
-    """Its tokens stay in the engine, which stops making them; past its time the connection goes."""
+def _unread(opening, slow_reader_s):
+    """A house with a long answer, of which little has room on the way to its reader."""
     limits = {"max_pending_bytes": 16_384, "stream_credit_bytes": 16_384, "high_water_bytes": 4096}
-    house = opening("x" * 200_000, max_model_len=400_000, slow_reader_s=2.0, **limits)
-    sock = _asked(house, CHAT | {"stream": True, "max_tokens": 200_000})
-    with contextlib.closing(sock):
-        _heard(sock, b'"x"')
-        (stream,) = _until(house.frontend.streams.with_readers)
-        _until(lambda: stream.paused)
+    return opening("x" * 200_000, max_model_len=400_000, slow_reader_s=slow_reader_s, **limits)
+
+
+def test_a_reader_that_does_not_read_is_bounded_and_hinders_nobody(opening):
+    """Its tokens stay in the engine, which stops making them."""
+    house = _unread(opening, 60.0)
+    with _streaming(house, max_tokens=200_000):
+        (stream,) = until(house.frontend.streams.with_readers)
+        until(lambda: stream.paused)
         assert stream.num_generated < 100_000
-        began = time.monotonic()
         assert house.post(CHATS, CHAT | {"max_tokens": 10}).status_code == 200
-        assert time.monotonic() - began < 1.0
-        _until(lambda: not house.door.state.connections)
-        _until(lambda: not house.frontend.streams.num_read)
+        assert stream.paused
+
+
+def test_a_reader_that_takes_nothing_for_too_long_loses_its_connection(opening):
+    house = _unread(opening, 0.5)
+    with _streaming(house, max_tokens=200_000):
+        until(lambda: not house.door.state.connections)
+        until(lambda: not house.frontend.streams.num_read)
     assert house.post(CHATS, CHAT | {"max_tokens": 10}).status_code == 200
 
 
-def test_a_reader_that_is_slow_gets_everything(opening):
-    """It takes longer than a reader may take nothing."""
+def _told_slowly(sock, num_bytes, seconds, end):
+    """What comes up to `end`, of which so many bytes at most are taken in each hundredth of the first seconds."""
+    told, until_s = bytearray(), time.monotonic() + seconds
+    while not told.endswith(end):
+        is_slow = time.monotonic() < until_s
+        more = sock.recv(num_bytes if is_slow else 65536)
+        assert more
+        told += more
+        if is_slow:
+            time.sleep(0.01)
+    return told
+
+
+def test_a_reader_that_is_behind_gets_everything(opening):
     house = opening("y" * 30_000, max_model_len=400_000, slow_reader_s=2.0, high_water_bytes=4096)
-    sock = _asked(house, CHAT | {"stream": True, "max_tokens": 30_000})
-    with contextlib.closing(sock):
-        heard = bytearray()
-        while more := sock.recv(4096 if len(heard) < 1_200_000 else 65536):
-            heard += more
-            if heard.endswith(b"0\r\n\r\n"):
-                break
-            if len(heard) < 1_200_000:
-                time.sleep(0.01)
-    assert heard.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-    data = b"".join(line for line in heard.split(b"\r\n") if line.startswith(b"data"))
+    with _asked(house, CHAT | {"stream": True, "max_tokens": 30_000}) as sock:
+        told = _told_slowly(sock, 4096, 1.0, b"0\r\n\r\n")
+    assert told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    data = b"".join(line for line in told.split(b"\r\n") if line.startswith(b"data"))
     texts = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events_of(data.decode())[:-1]]
     assert "".join(texts) == "y" * 30_000
+
+
+def test_a_connection_that_is_full_for_long_stays_while_something_is_taken(opening):
+    house = opening("y" * 6000, max_model_len=10_000, slow_reader_s=0.5)
+    data = post_of(CHAT | {"logprobs": True, "top_logprobs": 2, "max_tokens": 6000})
+    with socket.socket() as sock:
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 8192
+        )  # lest its kernel take much at a time, and seldom
+        sock.connect(house.host)
+        sock.sendall(data)
+        told = _told_slowly(sock, 1024, 1.5, b"}}}")
+    (choice,) = json.loads(told.partition(b"\r\n\r\n")[2])["choices"]
+    assert len(choice["logprobs"]["content"]) == 6000
 
 
 def test_one_prompt_of_several_that_fails_ends_all(either):
@@ -187,7 +225,7 @@ def test_one_prompt_of_several_that_fails_ends_all(either):
     body = {"model": "fake", "prompt": ["one", "two"]}
     assert house.post("/v1/completions", body).json()["error"]["code"] == "core_failed"
     assert house.post("/v1/completions", body | {"stream": True}).json()["error"]["code"] == "core_failed"
-    _until(lambda: _num_running(house) == 0)
+    until(lambda: _num_running(house) == 0)
 
 
 def test_what_is_put_together_is_bounded(opening):
@@ -197,7 +235,7 @@ def test_what_is_put_together_is_bounded(opening):
     house = opening("x" * 2000, http={"max_joined_bytes": 10_000})
     full = house.post(CHATS, asks)
     assert (full.status_code, full.json()["error"]["param"]) == (429, "max_joined_bytes")
-    _until(lambda: _num_running(house) == 0)
+    until(lambda: _num_running(house) == 0)
     assert house.post(CHATS, asks | {"max_tokens": 5}).status_code == 200
 
 
@@ -213,7 +251,7 @@ def test_all_that_an_answer_repeats_counts(opening, body):
     house = opening("x", http={"max_whole_bytes": 10_000})
     refused = house.post("/v1/completions", body | {"echo": True})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_whole_bytes")
-    _until(lambda: house.door._house.joined.used("default") == 0)
+    until(lambda: house.door._house.joined.used("default") == 0)
     assert house.post("/v1/completions", {"prompt": "y" * 3000, "echo": True, "n": 3}).status_code == 200
 
 
@@ -255,7 +293,7 @@ def test_many_streams_at_once(either):
             assert {*await asyncio.gather(*(one() for _ in range(100)))} == {"Hello there."}
 
     asyncio.run(body())
-    _until(lambda: house.frontend.streams.num_read == 0)
+    until(lambda: house.frontend.streams.num_read == 0)
 
 
 def test_what_is_over_leaves_nothing_for_the_cycle_collector(either):
@@ -276,32 +314,17 @@ def test_what_is_over_leaves_nothing_for_the_cycle_collector(either):
 
 def test_a_drain_waits_for_answers(opening):
     house = opening("x" * 20, token_s=0.02)
-    sock = _asked(house, CHAT | {"stream": True})
-    with contextlib.closing(sock):
-        _heard(sock, b'"x"')
+    with _streaming(house) as sock:
         house._do(house.frontend.drain)
         refused = house.post(CHATS, CHAT)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-        assert b"[DONE]" in _heard(sock, b"0\r\n\r\n")
+        assert b"[DONE]" in heard(sock, b"0\r\n\r\n")
     house._ask(house.frontend.drained)
-
-
-class HeldEncoder:
-    """An encoder that has no time: a long prompt waits in it for ever."""
-
-    def __init__(self, encoder):
-        self.budget = encoder.budget
-
-    def submit(self, job, body, attached, deadline_at_s, tenant=""):
-        answer = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_later(0.1, answer.set_exception, Late())
-        return answer
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_deadline_that_passes_while_the_prompt_is_encoded(opening, stream):
     house = opening("x")
-    house.frontend._arrivals._encoders = HeldEncoder(house.frontend._arrivals._encoders)
-    long = [{"role": "user", "content": "y" * 3000}]
-    answer = house.post(CHATS, CHAT | {"messages": long, "stream": stream, "deadline_s": 0.1})
+    house.frontend._arrivals._encoders = HeldEncoder(house.frontend._arrivals._encoders, 0.1)
+    answer = house.post(CHATS, CHAT | {"messages": LONG, "stream": stream, "deadline_s": 0.1})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
