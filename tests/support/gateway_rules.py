@@ -9,21 +9,13 @@ from cierzo.engine.frontend.arguments import generate_message
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.validate import fields as validate
 from cierzo.engine.gateway.asked import Asked, Rules, in_body
-from cierzo.engine.messages import Generate, ModelInfo
+from cierzo.engine.messages import Generate
+from cierzo.engine.testing.words import fake_model
 
-MODEL = ModelInfo(
-    stream=0,
+MODEL = fake_model(
     name="small4",
-    architecture="mla-moe",
-    dtype="bfloat16",
-    device="fake",
     vocab_size=1000,
-    max_model_len=4096,
-    block_tokens=16,
-    num_blocks=256,
     eos_token_ids=[2],
-    has_tokenizer=True,
-    has_chat_template=True,
     reasoning_efforts=["none", "high"],
     marks_thinking=True,
     marks_calls=True,

@@ -20,7 +20,7 @@ from cierzo.engine.frontend.observe.tallies import Pace
 from cierzo.engine.frontend.observe.web import MetricsServer
 from cierzo.engine.frontend.stream import Stream
 from cierzo.engine.frontend.tenants import EVERYBODY, Access, Tenant
-from cierzo.engine.messages import Finish, Generate, SamplingParams, StepOutput, TokenDelta
+from cierzo.engine.messages import CoreStats, Finish, Generate, SamplingParams, StepOutput, TokenDelta
 from cierzo.engine.testing.local_encoders import local_encoders
 from cierzo.engine.testing.words import fake_model
 from cierzo.engine.text.prompt import PromptEncoder
@@ -29,6 +29,17 @@ STREAMS, TENANTS = 1024, 64
 BATCH = 64  # requests that end in a step
 TOKENS = 2000
 FINISH = Finish("length", "", None, 3, 16, 0, 0, 0.1, 0.2, 0.3, 19, 0, 16, 1.5)
+CORE_STATS = CoreStats(
+    running=3,
+    waiting=2,
+    free_blocks=6,
+    cached_blocks=4,
+    total_blocks=10,
+    prompt_tokens=100,
+    cached_tokens=40,
+    output_tokens=30,
+    preemptions=5,
+)
 
 
 class NoCore:

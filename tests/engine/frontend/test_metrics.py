@@ -11,7 +11,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 import uvloop
-from observe_cost import front_end, opened, page_s, step
+from observe_cost import CORE_STATS, front_end, opened, page_s, step
 from prometheus_client.parser import text_string_to_metric_families
 from streams import all_of, final_of, until
 
@@ -21,7 +21,7 @@ from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.observe.observer import MAX_TENANTS, OTHERS
 from cierzo.engine.frontend.observe.tallies import BOUNDS_S, Histogram
 from cierzo.engine.frontend.observe.web import MAX_CONNECTIONS, TIMEOUT_S, MetricsServer
-from cierzo.engine.messages import FEATURES, CoreStats, Finish, GetHealth, Health, Hello, StepOutput
+from cierzo.engine.messages import FEATURES, Finish, GetHealth, Health, Hello, StepOutput
 
 VLLM = {
     "vllm:num_requests_running": "gauge",
@@ -36,17 +36,6 @@ VLLM = {
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:inter_token_latency_seconds": "histogram",
 }
-STATS = CoreStats(
-    running=3,
-    waiting=2,
-    free_blocks=6,
-    cached_blocks=4,
-    total_blocks=10,
-    prompt_tokens=100,
-    cached_tokens=40,
-    output_tokens=30,
-    preemptions=5,
-)
 
 
 def on_a_loop(test):
@@ -81,7 +70,7 @@ class Page:
 @on_a_loop
 def test_names_of_vllm_have_its_kinds_and_label():
     frontend = front_end()
-    frontend.core.step(StepOutput(deltas=[], stats=STATS))
+    frontend.core.step(StepOutput(deltas=[], stats=CORE_STATS))
     page = Page(frontend)
     found = {name: each.type for name, each in page.families.items() if name.startswith("vllm:")}
     assert found == VLLM
@@ -111,11 +100,11 @@ def test_names_of_vllm_have_its_kinds_and_label():
 def test_counters_of_a_core_that_died_are_kept():
     frontend = front_end()
     for _ in range(3):
-        frontend.core.step(StepOutput(deltas=[], stats=STATS))
+        frontend.core.step(StepOutput(deltas=[], stats=CORE_STATS))
         frontend.core._recovery.died()  # so that nothing of a search is asked of the core that is not there
         frontend.core.lost(committed=True)
         frontend.core.ready()
-    frontend.core.step(StepOutput(deltas=[], stats=STATS))
+    frontend.core.step(StepOutput(deltas=[], stats=CORE_STATS))
     page = Page(frontend)
     assert page("cierzo_generation_tokens_total") == 4 * 30
     assert page("cierzo_core_restarts_total") == 3

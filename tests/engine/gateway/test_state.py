@@ -8,41 +8,18 @@ import random
 import msgspec
 import pytest
 import uvloop
-from observe_cost import front_end, opened, step
+from observe_cost import CORE_STATS, front_end, opened, step
 
 from cierzo.engine.frontend.observe.tallies import BOUNDS_S, Histogram
 from cierzo.engine.gateway.state import PageState, percentile, state_of
-from cierzo.engine.messages import CoreStats, Health, ModelInfo, Stats, StepOutput
+from cierzo.engine.messages import CoreStats, Health, Stats, StepOutput
+from cierzo.engine.testing.words import fake_model
 
-CORE = CoreStats(
-    running=3,
-    waiting=2,
-    free_blocks=6,
-    cached_blocks=4,
-    total_blocks=10,
-    prompt_tokens=100,
-    output_tokens=30,
-    preemptions=5,
-)
-MODEL = ModelInfo(
-    stream=0,
-    name="small-4",
-    architecture="mla",
-    dtype="bfloat16",
-    device="cpu",
-    vocab_size=100,
-    max_model_len=4096,
-    block_tokens=16,
-    num_blocks=10,
-    eos_token_ids=[2],
-    has_tokenizer=True,
-    has_chat_template=True,
-    reasoning_efforts=["none", "high"],
-    marks_thinking=True,
-)
+EFFORTS = ["none", "high"]
+MODEL = fake_model(name="small-4", dtype="bfloat16", reasoning_efforts=EFFORTS, marks_thinking=True)
 
 
-def told(core: CoreStats = CORE, frontend=None, model_id: str = "mine") -> PageState:
+def told(core: CoreStats = CORE_STATS, frontend=None, model_id: str = "mine") -> PageState:
     health = Health(stream=0, state="ready", uptime_s=12.5, notes=["the certificate ends soon"])
     stats = Stats(
         stream=0,
@@ -68,10 +45,10 @@ def on_a_loop(body):
 def test_what_any_client_is_told_is_there_and_the_rest_is_none() -> None:
     state = msgspec.to_builtins(told())
     kept = {"model_id": "mine", "version": "1.2", "kv_used_share": 0.4, "kv_cached_share": 0.4, "restarts": 1}
-    own = {"efforts": ["none", "high"], "state": "ready", "notes": ["the certificate ends soon"], "uptime_s": 12.5}
+    own = {"efforts": EFFORTS, "state": "ready", "notes": ["the certificate ends soon"], "uptime_s": 12.5}
     unknown = dict.fromkeys(("latency_bounds_s", "first_token_s", "inter_token_s", "tenants"))
     names = ("running", "waiting", "prompt_tokens", "output_tokens", "preemptions")
-    of_core = {name: getattr(CORE, name) for name in names}
+    of_core = {name: getattr(CORE_STATS, name) for name in names}
     of_stats = {"streams": 2, "connections": 1, "accepted": 9, "refused": 4, "finished": 7}
     names = ("dtype", "device", "max_model_len", "marks_thinking", "marks_calls")
     of_model = {"model": "small-4"} | {name: getattr(MODEL, name) for name in names}
@@ -92,11 +69,11 @@ def test_counters_of_cores_that_died_are_added_where_the_front_end_is_here() -> 
     def body() -> PageState:
         frontend = front_end()
         for _ in range(2):
-            frontend.core.step(StepOutput(deltas=[], stats=CORE))
+            frontend.core.step(StepOutput(deltas=[], stats=CORE_STATS))
             frontend.core._recovery.died()  # so that nothing of a search is asked of the core that is not there
             frontend.core.lost(committed=True)
             frontend.core.ready()
-        frontend.core.step(StepOutput(deltas=[], stats=CORE))
+        frontend.core.step(StepOutput(deltas=[], stats=CORE_STATS))
         return told(frontend.core.stats, frontend)
 
     state = on_a_loop(body)
