@@ -201,7 +201,12 @@ def test_a_server_without_room_for_keys_is_asked_without(files):
 def test_a_server_that_still_loads_is_waited_for(files):
     files.write(a_line("one"), a_line("two"))
     with HttpHouse(echo, health="loading") as server:
-        thread = threading.Timer(0.3, setattr, (server, "health", "ready"))
+
+        def load():
+            until(lambda: server.frontend.counters.refused)
+            server.health = "ready"
+
+        thread = threading.Thread(target=load)
         thread.start()
         assert files(server) == 0
         thread.join()

@@ -11,6 +11,7 @@ from http_house import CHAT, HttpHouse, heard
 
 from cierzo import __version__
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.gateway import remote
 
 CHATS = "/v1/chat/completions"
 
@@ -47,7 +48,8 @@ def test_metrics_of_a_server_and_none_of_a_gateway(opening):
     assert opening("x", remote=True).get("/metrics").status_code == 404
 
 
-def test_a_gateway_lives_when_its_server_is_gone(opening):
+def test_a_gateway_lives_when_its_server_is_gone(opening, monkeypatch):
+    monkeypatch.setattr(remote, "HEALTH_S", 0.2)
     house = opening("x", remote=True)
     house.leave()
     answer = house.get("/health/ready")

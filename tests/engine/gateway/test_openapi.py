@@ -9,7 +9,7 @@ import httpx2
 import jsonschema
 import msgspec
 import pytest
-from http_house import CHAT
+from http_house import CHAT, HttpHouse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +32,6 @@ GOOD = {"messages": CHAT["messages"], "prompt": "Hi", "input": "Hi", "tokens": [
 
 @pytest.fixture(scope="module")
 def told():
-    from http_house import HttpHouse
-
     with HttpHouse("Hello") as house:
         yield house, house.get("/openapi.json").json()
 
@@ -109,7 +107,7 @@ def test_no_body_makes_the_server_fail(told, client, data, path):
 
 
 def test_the_documentation_names_every_endpoint_and_every_bound():
-    text = Path("docs/http.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[3] / "docs/http.md").read_text(encoding="utf-8")
     for path in PATHS:
         assert path.replace("{name}", "NAME") in text, path
     for field in msgspec.structs.fields(HttpConfig):
