@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 from mistral_speakers import speaker
+from streams import until
 from tekken_folders import write_tekken
 
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest, Overloaded
@@ -52,8 +53,7 @@ def asking(serving):
         async with serving(words=marked_prompts(), **given) as house:
             async with await Client.connect(house.address) as client:
                 yield client
-            for _ in range(100):
-                await asyncio.sleep(0)  # the server hears of the end
+            await until(lambda: not house.frontend.streams.num_sinks)  # the server has heard of the end
             assert not house.frontend.words._asked
             assert not house.frontend.words._ready
             assert house.frontend.budget.num_bytes == 0

@@ -116,7 +116,7 @@ def test_the_harmless_is_passed_over_and_named(rules):
 def test_a_lenient_server_passes_over_the_unknown_and_names_it(rules):
     lenient = msgspec.structs.replace(rules, lenient=True)
     asked = read(lenient, mirostat=2, messages=[HI[0] | {"mood": "good"}])
-    assert asked.passed_over == ("messages.mood", "mirostat") or asked.passed_over == ("mirostat", "messages.mood")
+    assert sorted(asked.passed_over) == ["messages.mood", "mirostat"]
     assert asked.arguments["messages"] == HI
     with pytest.raises(InvalidRequest, match="grammar or schema"):
         read(lenient, response_format={"type": "json_object"})

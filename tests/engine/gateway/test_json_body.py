@@ -108,4 +108,4 @@ def test_a_long_body_is_read_at_once():
     with pytest.raises(InvalidRequest, match="199999 is there twice"):
         read_object(f'{{{names}, "199999": 0}}'.encode(), DEPTH)
     ids = list(range(300_000))
-    assert read_object(json.dumps({"prompt": [ids] * 1, "a": [[]] * 9}).encode(), DEPTH)["prompt"] == [ids]
+    assert read_object(json.dumps({"prompt": [ids], "a": [[]] * 9}).encode(), DEPTH)["prompt"] == [ids]

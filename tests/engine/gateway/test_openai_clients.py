@@ -1,12 +1,10 @@
-"""Unmodified clients of OpenAI's, sync and async, on every endpoint of the door that they know."""
+"""OpenAI's client as it is, on the endpoints of the door for chats, completions and models."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import openai
-import pydantic
 import pytest
 from http_house import MESSAGES
 
@@ -228,31 +226,3 @@ def test_a_client_does_not_try_again_what_is_wrong(either):
     with house.openai(max_retries=2) as client, pytest.raises(openai.BadRequestError) as refused:
         _chat(client, temperature=-1.0)
     assert refused.value.response.headers["x-should-retry"] == "false"
-
-
-def test_an_async_client(either):
-    async def body() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0) as client:
-            chat = client.chat.completions
-            wholes = [chat.create(model="fake", messages=MESSAGES) for _ in range(8)]
-            assert {(await each).choices[0].message.content for each in wholes} == {"Hello"}
-
-            async def told() -> str:
-                stream = await chat.create(model="fake", messages=MESSAGES, stream=True)
-                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-
-            assert set(await asyncio.gather(*(told() for _ in range(16)))) == {"Hello"}
-
-    house = either("Hello")
-    asyncio.run(body())
-
-
-def test_the_clients_parser_reads_an_answer(either):
-    class Wind(pydantic.BaseModel):
-        knots: int
-
-    with either('{"knots": 3}').openai() as client:
-        answer = _chat(client)
-        assert Wind.model_validate_json(answer.choices[0].message.content).knots == 3
-        with pytest.raises(openai.BadRequestError, match="response_format"):  # no grammars yet
-            client.chat.completions.parse(model="fake", messages=MESSAGES, response_format=Wind)

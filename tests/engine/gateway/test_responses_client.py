@@ -16,8 +16,7 @@ TOOL = {"type": "function", "name": "wind", "parameters": {"type": "object"}, "s
 @pytest.fixture
 def asking(either):
     def ask(answer, **options):
-        house = either(answer)
-        with openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0) as client:
+        with either(answer).openai() as client:
             return client.responses.create(**{"model": "fake", "input": "Hi", "store": False, **options})
 
     return ask
@@ -52,7 +51,7 @@ def test_log_probabilities(asking):
 
 def test_the_events_of_a_stream(either):
     house = either("Hello.")
-    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0) as client:
+    with house.openai() as client:
         events = [*client.responses.create(model="fake", input=MESSAGES, stream=True, store=False)]
         with client.responses.stream(model="fake", input="Hi", store=False) as stream:
             for _ in stream:
