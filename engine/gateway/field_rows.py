@@ -46,7 +46,7 @@ STREAM_OPTIONS = table(
 STREAMED = (STREAM, served("stream_options", note="with stream true alone", inner=STREAM_OPTIONS))
 # Fields that clients of vLLM send beside OpenAI's.
 EXTRAS = (
-    served("return_tokens_as_token_ids", note="token:17 instead of a token's text, in log-probabilities"),
+    served("return_tokens_as_token_ids", note="token_id:17 instead of a token's text, in log-probabilities"),
     served("prompt_logprobs", "prompt_logprobs", note="alternatives beside each token of the prompt"),
     refused("return_token_ids", "return_tokens_as_token_ids tells them, with logprobs", False),
     refused("include_stop_str_in_output", "a stop string is no part of the answer", False),

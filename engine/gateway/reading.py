@@ -42,8 +42,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     arguments: keywords of `Client.generate`; `deltas` among them follows `stream`. model: its name, as the body has
     it. given: what the body says and is served, by its own names, for answers that repeat it.
     continuous_usage: the usage in each event. echo: the prompt comes before the answer. drops_output: the answer's
-    own token, of which the engine makes at least one, is not wanted. as_token_ids: token:17 stands for a text of
-    a token. passed_over: names of fields that were not looked at, fit for a header.
+    own token, of which the engine makes at least one, is not wanted. as_token_ids: token_id:17 stands for the text
+    of a token. passed_over: names of fields that were not looked at, fit for a header.
     places: fields as the engine names them -> as the body does, for `in_body`.
     """
 
