@@ -7,15 +7,15 @@ each call. An item is announced, gets longer, and is told as a whole when the ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import goes_on, pieces, tool_calls
+from cierzo.engine.gateway.token_words import TokenWords, chat_entry
 from cierzo.engine.messages import Delta, Final, Part, SampleEnd, TokenLogprobs
 
-LOWEST = -9999.0  # JSON has no infinity; a probability of zero is told like this
 PREFIX = {"text": "msg", "thinking": "rs", "call": "fc"}  # of the ids of items
 EVENTS = {
     "text": "response.output_text",
@@ -49,18 +49,6 @@ Event = dict[str, Any]
 NewEvent = Callable[..., Event]  # of a type and fields
 
 
-class Spelling(Protocol):
-    """Words for tokens, of log-probabilities."""
-
-    def text(self, token_id: int) -> str:
-        """The text of a token."""
-        ...
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token."""
-        ...
-
-
 def response_head(response_id: str, created_at: int, model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The response as it is at its beginning. given: what was asked for, by the names of the body."""
     repeated = {name: given.get(name, value) for name, value in REPEATED.items()}
@@ -86,11 +74,11 @@ class ResponseEvents:
     thought_tokens: of thoughts, told so far.
     """
 
-    def __init__(self, head: dict[str, Any], spelling: Spelling | None = None) -> None:
-        """head: of `response_head`. spelling: words for tokens, where log-probabilities are to be told."""
+    def __init__(self, head: dict[str, Any], words: TokenWords | None = None) -> None:
+        """head: of `response_head`. words: of the tokens, where log-probabilities are to be told."""
         self.response = head
         self.thought_tokens = 0
-        self._spelling = spelling
+        self._words = words
         self._number = 0
         self._item: _Item | None = None
         self._entries: list[TokenLogprobs] = []  # of tokens that no item has yet
@@ -115,7 +103,7 @@ class ResponseEvents:
     # --- inside ----------------------------------------------------------------------------------------
 
     def _take(self, delta: Delta) -> Iterator[Event]:
-        if self._spelling is not None:
+        if self._words is not None:
             self._entries += delta.logprobs or ()
         for piece in pieces(delta.parts, delta.text, len(delta.token_ids)):
             yield from self._piece(piece)
@@ -123,7 +111,7 @@ class ResponseEvents:
     def _more_text(self, delta: Delta) -> bytes:
         """The one event of more text, which is the rule; nothing of any other delta."""
         item = self._item
-        if item is None or delta.parts or not delta.text or self._spelling is not None or not item.is_told_text:
+        if item is None or delta.parts or not delta.text or self._words is not None or not item.is_told_text:
             return b""
         self._number += 1
         return item.more_text(delta.text, self._number - 1)
@@ -201,20 +189,10 @@ class ResponseEvents:
     def _told(self, events: Iterable[Event]) -> bytes:
         return b"".join([b"event: %b\ndata: %b\n\n" % (event["type"].encode(), _encode(event)) for event in events])
 
-    def _spelled(self, entries: list[TokenLogprobs]) -> list[dict[str, Any]]:
-        """Log-probabilities as they are told."""
-        return [
-            {
-                **self._token(entry.token_id, entry.logprob),
-                "top_logprobs": [*map(self._token, entry.top_token_ids, entry.top_logprobs)],
-            }
-            for entry in entries
-        ]
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        assert self._spelling is not None
-        text, spelled = self._spelling.text(token_id), self._spelling.bytes_of(token_id)
-        return {"token": text, "bytes": [*spelled], "logprob": max(logprob, LOWEST)}
+    def _spelled(self, entries: list[TokenLogprobs]) -> list[msgspec.Raw]:
+        """Log-probabilities as they are told; of none where none are asked for."""
+        words = self._words
+        return [] if words is None else [msgspec.Raw(chat_entry(words, entry)) for entry in entries]
 
 
 class _Item:
@@ -226,11 +204,11 @@ class _Item:
     def __init__(self, first: Part, item_id: str, index: int) -> None:
         self.first = first
         self.index = index
-        self.unsent: list[dict[str, Any]] = []
+        self.unsent: list[msgspec.Raw] = []
         self._id = item_id
         self._call_id = ""
         self._texts: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[msgspec.Raw] = []
         self._is_told = False
         self._before_text = b""  # of events of more text, but for their number
 
@@ -248,7 +226,7 @@ class _Item:
             self._before_text = b"event: %b\ndata: %b" % (kind.encode(), _encode(told)[:-1])
         return b'%b,"sequence_number":%d,"delta":%b}\n\n' % (self._before_text, number, _encode(text))
 
-    def push(self, piece: Part, logprobs: list[dict[str, Any]], event: NewEvent) -> Iterator[Event]:
+    def push(self, piece: Part, logprobs: list[msgspec.Raw], event: NewEvent) -> Iterator[Event]:
         """Take a piece. event: makes events."""
         self._call_id = self._call_id or piece.id
         self._texts.append(piece.text)
@@ -316,7 +294,7 @@ class _Item:
             return {"arguments": text}
         return {"text": text, "logprobs": self._logprobs} if self.first.kind == "text" else {"text": text}
 
-    def _part(self, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _part(self, text: str, logprobs: list[msgspec.Raw]) -> dict[str, Any]:
         if self.first.kind == "thinking":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

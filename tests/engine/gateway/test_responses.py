@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,17 +18,24 @@ from cierzo.engine.errors import CoreFailed, InvalidRequest, Overloaded
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.gateway.responses import ResponseEvents, response_head
+from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import Delta, Final, Part, SampleEnd, Timings, TokenLogprobs, Usage
 from cierzo.testing import FakeAnswer, FakeServer
 
 EVENT = TypeAdapter(ResponseStreamEvent, config=ConfigDict(defer_build=True))
 GIVEN = {"instructions": "Be brief.", "temperature": 0.5, "tools": [{"type": "function", "name": "f"}]}
-SPELLING = SimpleNamespace(text=lambda token_id: chr(token_id), bytes_of=lambda token_id: chr(token_id).encode())
 CALL = Part(kind="call", name="wind", id="abcdefghi", text='{"a": 1}', num_tokens=3)
 
 
-def started(spelling: Any = None) -> ResponseEvents:
-    return ResponseEvents(response_head("resp_1", 1_700_000_000, "tiny", GIVEN), spelling)
+class Letters(TokenWords):
+    """Words of tokens that are letters, by their numbers in ASCII."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+def started(words: TokenWords | None = None) -> ResponseEvents:
+    return ResponseEvents(response_head("resp_1", 1_700_000_000, "tiny", GIVEN), words)
 
 
 def final(reason: str = "stop", tokens: int = 0, **fields: Any) -> Final:
@@ -234,7 +240,7 @@ def entry(char: str) -> TokenLogprobs:
 
 def test_log_probabilities_are_those_of_the_texts_tokens() -> None:
     """Tokens of thoughts and markers are others', and a token whose letter is held back comes with it."""
-    events = started(SPELLING)
+    events = started(Letters())
     parts = [Part(kind="thinking", text="t", num_tokens=2), Part(kind="text", num_tokens=1)]
     data = events.begin()
     logprobs = [entry(char) for char in "<t>"]
