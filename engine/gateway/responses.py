@@ -13,8 +13,9 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import goes_on, pieces, tool_calls
+from cierzo.engine.gateway.errors import unplanned
 from cierzo.engine.gateway.token_words import TokenWords, chat_entry
-from cierzo.engine.messages import Delta, Final, Part, SampleEnd, TokenLogprobs
+from cierzo.engine.messages import Delta, Final, Part, TokenLogprobs
 
 PREFIX = {"text": "msg", "thinking": "rs", "call": "fc"}  # of the ids of items
 EVENTS = {
@@ -43,7 +44,6 @@ UNCHANGED: dict[str, Any] = {
     "truncation": "disabled",
 }
 BEGIN = ("created", "in_progress")
-WHY_FAILED = {"cancelled": "the request was cancelled", "deadline": "the deadline passed"}
 _encode = msgspec.json.encode
 Event = dict[str, Any]
 NewEvent = Callable[..., Event]  # of a type and fields
@@ -165,8 +165,8 @@ class ResponseEvents:
             "output_tokens_details": {"reasoning_tokens": self.thought_tokens},
             "total_tokens": usage.prompt_tokens + usage.output_tokens,
         }
-        if not is_good and sample.finish_reason != "length":
-            yield self._failed("server_error", _why(sample))
+        if (error := unplanned(sample)) is not None:
+            yield self._failed(error)
             return
         response["status"] = "completed" if is_good else "incomplete"
         response["incomplete_details"] = None if is_good else {"reason": "max_output_tokens"}
@@ -174,12 +174,12 @@ class ResponseEvents:
 
     def _fail(self, error: CierzoError) -> Iterator[Event]:
         yield from self._close(is_cut=True)
-        codes = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
-        yield self._failed(codes.get(error.http_status, "server_error"), error.message, error.field, error.code)
+        yield self._failed(error)
 
-    def _failed(self, code: str, message: str, param: str | None = None, kind: str | None = None) -> Event:
+    def _failed(self, error: CierzoError) -> Event:
+        code = {400: "invalid_prompt", 429: "rate_limit_exceeded"}.get(error.http_status, "server_error")
         self.response["status"] = "failed"
-        self.response["error"] = {"code": code, "message": message, "param": param, "type": kind}
+        self.response["error"] = {"code": code, "message": error.message, "param": error.field, "type": error.code}
         return self._event("response.failed", response=self.response)
 
     def _event(self, kind: str, **fields: Any) -> Event:
@@ -298,8 +298,3 @@ class _Item:
         if self.first.kind == "thinking":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _why(sample: SampleEnd) -> str:
-    """Say why an answer has ended that was neither complete nor too long."""
-    return sample.message or WHY_FAILED.get(sample.finish_reason, "the request failed")

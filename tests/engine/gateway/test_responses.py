@@ -185,20 +185,23 @@ def test_an_answer_that_is_too_long_is_incomplete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "message", "expected"),
+    ("reason", "message", "expected", "param"),
     [
-        ("deadline", "", "the deadline passed"),
-        ("cancelled", "", "the request was cancelled"),
-        ("failed", "no token is left", "no token is left"),
+        ("deadline", "", "its deadline passed before the answer was complete", "deadline_s"),
+        ("cancelled", "", "it was cancelled before the answer was complete", None),
+        ("failed", "no token is left", "a step of the model failed: no token is left", None),
     ],
 )
-def test_an_end_that_was_not_planned_is_a_failure(reason: str, message: str, expected: str) -> None:
+def test_an_end_that_was_not_planned_is_a_failure(
+    reason: str, message: str, expected: str, param: str | None
+) -> None:
     events = started()
     data = events.begin() + events.take([Delta(stream=1, token_ids=[1], text="a")])
     heard = read(data + events.end(final(reason, 1, message=message)))
     response = put_together(heard)
     assert heard[-1]["type"] == "response.failed"
     assert (response.status, response.error.code, response.error.message) == ("failed", "server_error", expected)
+    assert response.error.param == param
     assert response.usage.output_tokens == 1
 
 
