@@ -285,3 +285,23 @@ RESPONSES = table(
     refused("access_programs", _NO_GUARD),
     refused("image", _NO_IMAGES),
 )
+
+# --- /tokenize, /detokenize ----------------------------------------------------------------------------------
+
+TOKENIZE = table(
+    MODEL,
+    served("prompt", note="a text; or else messages"),
+    served("messages", note="the turns of a conversation, as of /v1/chat/completions"),
+    *(served("tools", note="with messages"), served("reasoning_effort", note="with messages")),
+    served("continue_final_message", note="true: the last turn is gone on with"),
+    served("add_generation_prompt", note="false: with continue_final_message alone"),
+    served("add_special_tokens", note="of a prompt. false: without a beginning-of-text token"),
+    served(
+        "parse_special", note="of a prompt. false: control tokens that it spells are text, as in /v1/completions"
+    ),
+    served("return_token_strs", note="true: the text of each token too"),
+    refused("chat_template", _NO_CHOICE_OF_TEMPLATE),
+    refused("chat_template_kwargs", _NO_CHOICE_OF_TEMPLATE, {}),
+    *(refused(name, _NO_IMAGES, {}) for name in ("mm_processor_kwargs", "media_io_kwargs")),
+)
+DETOKENIZE = table(MODEL, served("tokens", note="token ids; control tokens are spelled out in the text"))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cierzo import __version__
-from cierzo.engine.gateway import field_rows, words
+from cierzo.engine.gateway import field_rows
 from cierzo.engine.gateway.answer_schemas import ANSWERS, COMPONENTS, TEXT, Schema
 from cierzo.engine.gateway.fields import Table
 
@@ -19,8 +19,8 @@ TABLES: Mapping[str, Table] = {
     "/v1/completions": field_rows.COMPLETIONS,
     "/v1/fim/completions": field_rows.FIM,
     "/v1/responses": field_rows.RESPONSES,
-    "/tokenize": words.TOKENIZE,
-    "/detokenize": words.DETOKENIZE,
+    "/tokenize": field_rows.TOKENIZE,
+    "/detokenize": field_rows.DETOKENIZE,
 }
 NEEDED = {
     "/v1/chat/completions": ["messages"],

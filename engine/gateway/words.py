@@ -15,31 +15,11 @@ from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.frontend.bounds import shown
 from cierzo.engine.frontend.client_options import TokenizeArguments
 from cierzo.engine.gateway.asked_chat import read_chat
-from cierzo.engine.gateway.field_rows import MODEL
-from cierzo.engine.gateway.fields import refused, served, table
+from cierzo.engine.gateway.field_rows import DETOKENIZE, TOKENIZE
 from cierzo.engine.gateway.reading import Asked, Body, Rules, in_body, sequence, text
 from cierzo.engine.messages import ModelInfo, TokenizerInfo
 
 _OF_CHAT = ("model", "messages", "tools", "reasoning_effort", "add_generation_prompt", "continue_final_message")
-_OF_PROMPT = ("add_special_tokens", "parse_special")
-_OWN_TEMPLATE = "the model's own chat template is used"
-TOKENIZE = table(
-    MODEL,
-    served("prompt", note="a text; or else messages"),
-    served("messages", note="the turns of a conversation, as of /v1/chat/completions"),
-    *(served("tools", note="with messages"), served("reasoning_effort", note="with messages")),
-    served("continue_final_message", note="true: the last turn is gone on with"),
-    served("add_generation_prompt", note="false: with continue_final_message alone"),
-    served("add_special_tokens", note="of a prompt. false: without a beginning-of-text token"),
-    served(
-        "parse_special", note="of a prompt. false: control tokens that it spells are text, as in /v1/completions"
-    ),
-    served("return_token_strs", note="true: the text of each token too"),
-    refused("chat_template", _OWN_TEMPLATE),
-    refused("chat_template_kwargs", _OWN_TEMPLATE, {}),
-    *(refused(name, "this version sees no images", {}) for name in ("mm_processor_kwargs", "media_io_kwargs")),
-)
-DETOKENIZE = table(MODEL, served("tokens", note="token ids; control tokens are spelled out in the text"))
 
 
 class Tokens(Protocol):

@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 
 from cierzo.engine.gateway import field_rows as rows
-from cierzo.engine.gateway import words
 from cierzo.engine.gateway.fields import Row, Table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "http-fields.md"
@@ -61,8 +60,8 @@ SECTIONS: tuple[tuple[str, str, Table], ...] = (
     ("### A thought", "", rows.ITEM_REASONING),
     ("### Tools of a response, by type", "", rows.RESPONSE_TOOLS),
     ("### A tool of a response", "", rows.RESPONSE_TOOL),
-    ("## /tokenize", "Of messages and tools the fields are those of /v1/chat/completions.", words.TOKENIZE),
-    ("## /detokenize", "", words.DETOKENIZE),
+    ("## /tokenize", "Of messages and tools the fields are those of /v1/chat/completions.", rows.TOKENIZE),
+    ("## /detokenize", "", rows.DETOKENIZE),
 )
 
 

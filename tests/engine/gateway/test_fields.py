@@ -207,7 +207,8 @@ def test_every_field_of_the_clients_types_has_its_row(rows, theirs, others):
 
 
 def test_every_table_is_walked():
-    walked = [rows for _, rows, _, _ in WALKED]
+    untyped = [rows.TOKENIZE, rows.DETOKENIZE]  # neither client knows these endpoints
+    walked = [*untyped, *(table for _, table, _, _ in WALKED)]
     tables = {name: value for name, value in vars(rows).items() if name.isupper() and isinstance(value, dict)}
     tables = {name: value for name, value in tables.items() if not name.endswith("_ROWS")}
     assert len(tables) > 20
