@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from operator import index
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -16,7 +16,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend import foreign
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.bounds import shown, too_deep
-from cierzo.engine.frontend.client_options import GenerateArguments
+from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.wire_checks import mistyped
 from cierzo.engine.messages import ChatMessage, Detokenize, Generate, SamplingParams, Tokenize
 from cierzo.engine.text.unicode import refuse_surrogates
@@ -26,8 +26,7 @@ _AS_THEY_ARE = {type(None), bool, float}
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
 _TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one alone is taken too
 _FIELDS = dict.fromkeys(name for name in Generate.__struct_fields__ if name not in ("stream", "attached"))
-
-ASKED_OF_WORDS = ("text", "messages", "tools", "reasoning_effort")
+_OF_TOKENIZE = Tokenize.__struct_fields__[1:]  # behind the stream
 
 
 def whole_answer(arguments: GenerateArguments) -> GenerateArguments:
@@ -66,11 +65,16 @@ def generate_message(**arguments: Any) -> Generate:
         raise too_deep(name) from error
 
 
+def tokenize_arguments(arguments: Mapping[str, Any]) -> TokenizeArguments:
+    """The arguments of `tokenize` among these, of which others may be those of `generate`."""
+    return cast(TokenizeArguments, {name: arguments[name] for name in _OF_TOKENIZE if name in arguments})
+
+
 def tokenize_message(*, special_tokens: Any = True, control_tokens: Any = False, **arguments: Any) -> Tokenize:
     """The message that asks for the tokens of a prompt; as `generate_message`."""
     for name in arguments:
-        if name not in ASKED_OF_WORDS:
-            raise _unknown(name, arguments[name], (*ASKED_OF_WORDS, "special_tokens", "control_tokens"))
+        if name not in _OF_TOKENIZE:
+            raise _unknown(name, arguments[name], _OF_TOKENIZE)
     prompt = generate_message(**arguments)
     return Tokenize(
         stream=0,

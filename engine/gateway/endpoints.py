@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
-from cierzo.engine.frontend.client_options import TokenizeArguments
+from cierzo.engine.frontend.arguments import tokenize_arguments
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway import answers, words
 from cierzo.engine.gateway.answers import Events, Head, Told
@@ -161,8 +161,7 @@ async def _count(backend: Backend, request: Request) -> int:
     if "suffix" in given:
         what = "the usage so far of a text with a suffix is not told by a gateway of its own"
         raise InvalidRequest(what, field="stream_options.continuous_usage_stats", limit="left out")
-    names = ("text", "messages", "tools", "reasoning_effort")
-    return len(await backend.tokenize(**cast(TokenizeArguments, {n: given[n] for n in names if n in given})))
+    return len(await backend.tokenize(**tokenize_arguments(given)))
 
 
 def _last(head: Head, has_usage: bool, runs: Sequence[Run], finals: list[Final]) -> bytes:

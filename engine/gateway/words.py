@@ -6,52 +6,20 @@ false. So a client finds the id of one, and can send token ids; in a prompt of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol, Unpack
+from typing import Any
 
 import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
+from cierzo.engine.frontend.arguments import tokenize_arguments
 from cierzo.engine.frontend.bounds import shown
-from cierzo.engine.frontend.client_options import TokenizeArguments
 from cierzo.engine.gateway.asked_chat import read_chat
+from cierzo.engine.gateway.backend import Backend
 from cierzo.engine.gateway.field_rows import DETOKENIZE, TOKENIZE
 from cierzo.engine.gateway.reading import Asked, Body, Rules, in_body, sequence, text
-from cierzo.engine.messages import ModelInfo, TokenizerInfo
+from cierzo.engine.gateway.token_words import TokenWords
 
 _OF_CHAT = ("model", "messages", "tools", "reasoning_effort", "add_generation_prompt", "continue_final_message")
-
-
-class Tokens(Protocol):
-    """The part of a backend that knows words."""
-
-    async def tokenize(self, **arguments: Unpack[TokenizeArguments]) -> list[int]:
-        """As `Client.tokenize`."""
-        ...
-
-    async def detokenize(self, token_ids: Iterable[Any], *, control_tokens: bool = False) -> str:
-        """As `Client.detokenize`."""
-        ...
-
-    async def tokenizer_info(self) -> TokenizerInfo:
-        """As `Client.tokenizer_info`."""
-        ...
-
-    async def model_info(self) -> ModelInfo:
-        """As `Client.model_info`."""
-        ...
-
-
-class Texts(Protocol):
-    """The texts of tokens, as log-probabilities tell them."""
-
-    async def learn(self, backend: Any, token_ids: Iterable[int]) -> None:
-        """Ask for those that are not known yet."""
-        ...
-
-    def text(self, token_id: int) -> str:
-        """The text of a token that is known."""
-        ...
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -61,26 +29,24 @@ class Told(msgspec.Struct, frozen=True):
     passed_over: tuple[str, ...] = ()
 
 
-async def tokenize(body: bytes, rules: Rules, backend: Tokens, texts: Texts) -> Told:
+async def tokenize(body: bytes, rules: Rules, backend: Backend, words: TokenWords) -> Told:
     """Give the tokens of a prompt. Raises InvalidRequest, NotFound for another model, and the server's refusals."""
     read = Body("completions", body, TOKENIZE, rules)
     wants_texts = read.flag("return_token_strs")
-    asked = _conversation(read, rules) if "messages" in read.given else None
-    arguments = _text(read) if asked is None else _asked(asked)
+    asked = _conversation(read, rules) if "messages" in read.given else _text(read)
     try:
-        token_ids = await backend.tokenize(**arguments)
+        token_ids = await backend.tokenize(**tokenize_arguments(asked.arguments))
     except CierzoError as error:
-        raise _in_prompt(error) if asked is None else in_body(error, asked) from error
+        raise in_body(error, asked) from error
     token_strs = None
     if wants_texts:
-        await texts.learn(backend, token_ids)
-        token_strs = [*map(texts.text, token_ids)]
+        await words.learn(backend, token_ids)
+        token_strs = [*map(words.text, token_ids)]
     answer = {"count": len(token_ids), "max_model_len": rules.model.max_model_len, "tokens": token_ids}
-    over = (*read.sieve.passed_over, *(() if asked is None else asked.passed_over))
-    return Told({**answer, "token_strs": token_strs}, over)
+    return Told({**answer, "token_strs": token_strs}, asked.passed_over)
 
 
-async def detokenize(body: bytes, rules: Rules, backend: Tokens) -> Told:
+async def detokenize(body: bytes, rules: Rules, backend: Backend) -> Told:
     """Give the text of tokens. Raises as `tokenize`."""
     read = Body("completions", body, DETOKENIZE, rules)
     tokens = sequence(read.need("tokens"), "tokens")
@@ -88,32 +54,34 @@ async def detokenize(body: bytes, rules: Rules, backend: Tokens) -> Told:
         if type(token) is not int:
             field, limit = f"tokens[{number}]", "a token id"
             raise InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=shown(token))
+    read.places["token_ids"] = "tokens"
+    asked = read.asked()
     try:
         said = await backend.detokenize(tokens, control_tokens=True)
     except CierzoError as error:
-        raise _renamed(error, "token_ids", "tokens") from error
-    return Told({"prompt": said}, read.sieve.passed_over)
+        raise in_body(error, asked) from error
+    return Told({"prompt": said}, asked.passed_over)
 
 
-async def tokenizer_info(backend: Tokens) -> Told:
+async def tokenizer_info(backend: Backend) -> Told:
     """Describe the tokenizer, by the names of a tokenizer_config.json. Raises Forbidden."""
     info, model = await backend.tokenizer_info(), await backend.model_info()
     roles = {name: getattr(info, name) or None for name in ("bos_token", "eos_token", "pad_token", "chat_template")}
     return Told({"tokenizer_class": info.kind, **roles, "model_max_length": model.max_model_len})
 
 
-def _text(read: Body) -> TokenizeArguments:
-    """The arguments for a text. Raises InvalidRequest for what belongs to a conversation."""
+def _text(read: Body) -> Asked:
+    """A text. Raises InvalidRequest for what belongs to a conversation."""
     if "prompt" not in read.given:
         limit = "exactly one of prompt, messages"
         raise InvalidRequest(f"{limit} is needed", field="prompt", limit=limit, value="none")
     for name in _OF_CHAT[1:]:
         _without(read, name, "messages")
-    return {
-        "text": text("", read.given, "prompt"),
-        "special_tokens": read.flag("add_special_tokens", default=True),
-        "control_tokens": read.flag("parse_special", default=True),
-    }
+    read.arguments["text"] = text("", read.given, "prompt")
+    read.arguments["special_tokens"] = read.flag("add_special_tokens", default=True)
+    read.arguments["control_tokens"] = read.flag("parse_special", default=True)
+    read.places["text"] = "prompt"
+    return read.asked()
 
 
 def _conversation(read: Body, rules: Rules) -> Asked:
@@ -123,12 +91,8 @@ def _conversation(read: Body, rules: Rules) -> Asked:
     if read.flag("add_special_tokens"):  # vLLM's clients say false; the template alone adds some
         _without(read, "add_special_tokens", "a prompt")
     chat = {name: read.given[name] for name in _OF_CHAT if name in read.given}
-    return read_chat(msgspec.json.encode(chat), rules)
-
-
-def _asked(asked: Asked) -> TokenizeArguments:
-    known = ("messages", "tools", "reasoning_effort")
-    return {name: asked.arguments[name] for name in known if name in asked.arguments}  # type: ignore[return-value]
+    asked = read_chat(msgspec.json.encode(chat), rules)
+    return msgspec.structs.replace(asked, passed_over=(*read.sieve.passed_over, *asked.passed_over))
 
 
 def _without(read: Body, name: str, beside: str) -> None:
@@ -136,15 +100,3 @@ def _without(read: Body, name: str, beside: str) -> None:
         limit = f"left out, unless with {beside}"
         what = f"{name} must be {limit}"
         raise InvalidRequest(what, field=name, limit=limit, value=shown(read.given[name]))
-
-
-def _in_prompt(error: CierzoError) -> CierzoError:
-    return _renamed(error, "text", "prompt")
-
-
-def _renamed(error: CierzoError, field: str, name: str) -> CierzoError:
-    """The error with the field as the body names it."""
-    if error.field == field:
-        error.field, error.message = name, error.message.replace(field, name, 1)
-        error.args = (error.message,)
-    return error

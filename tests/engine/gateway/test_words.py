@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from cierzo.engine.errors import InvalidRequest, NotFound
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.gateway.reading import Rules
+from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.gateway.words import Told, detokenize, tokenize, tokenizer_info
 from cierzo.engine.testing.words import EOS, ID_OF
 from cierzo.testing import FakeServer
@@ -22,20 +23,6 @@ CALLED = [
     {"role": "assistant", "tool_calls": [{"id": "abcdefghi", "function": {"name": "f", "arguments": "{}"}}]},
     {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"},
 ]
-
-
-class Texts:
-    """The texts of tokens as their bytes, in hex."""
-
-    def __init__(self) -> None:
-        self._bytes: dict[int, bytes] = {}
-
-    async def learn(self, backend: Client, token_ids: Iterable[int]) -> None:
-        wanted = [*token_ids]
-        self._bytes.update(zip(wanted, await backend.token_bytes(wanted), strict=True))
-
-    def text(self, token_id: int) -> str:
-        return self._bytes[token_id].hex()
 
 
 @pytest.fixture
@@ -49,7 +36,7 @@ def ask():
                     return await function(client)
                 held = Rules(model=await client.model_info(), **rules)
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                more = [Texts()] if function is tokenize else []
+                more = [TokenWords()] if function is tokenize else []
                 answer: Coroutine[Any, Any, Told] = function(data, held, client, *more)
                 return await answer
 
@@ -75,7 +62,7 @@ def test_a_prompt_as_lm_eval_asks_for_it(ask) -> None:
 def test_texts_of_the_tokens(ask) -> None:
     told = ask(tokenize, {"prompt": "[THINK]é", "return_token_strs": True}).answer
     assert told["tokens"] == [ID_OF["[THINK]"], 0xC3, 0xA9]
-    assert told["token_strs"] == [b"[THINK]".hex(), "c3", "a9"]
+    assert told["token_strs"] == ["[THINK]", "bytes:\\xc3", "bytes:\\xa9"]
 
 
 def test_a_conversation_has_the_tokens_of_its_prompt(ask) -> None:
