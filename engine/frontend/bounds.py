@@ -61,6 +61,16 @@ def too_deep(field: str) -> InvalidRequest:
     )
 
 
+def missing(field: str) -> InvalidRequest:
+    """The error for a field that must be there."""
+    return InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
+
+
+def must_be(field: str, limit: str, value: Any) -> InvalidRequest:
+    """The error for a value that is not what `limit` says in words."""
+    return InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=shown(value))
+
+
 def shown(value: Any) -> Any:
     """A value as an error tells it: itself where it is short and plain, else what it is."""
     if value is None:

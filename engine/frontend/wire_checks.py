@@ -11,7 +11,7 @@ import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
-from cierzo.engine.frontend.bounds import shown, too_deep
+from cierzo.engine.frontend.bounds import missing, shown, too_deep
 from cierzo.engine.messages import Generate, SamplingParams
 
 # Fields of `generate`, and of its `sampling`, that belong to a feature.
@@ -81,12 +81,12 @@ def mistyped(text: str, message: Any = None) -> InvalidRequest:
     reason, _, place = text.partition(" - at ")
     path = re.search(r"`\$\.?([^`]*)`", place)
     expected = re.match(r"Expected `([^`]*)`", reason)
-    missing = re.search(r"missing required field `([^`]*)`", reason)
+    lacking = re.search(r"missing required field `([^`]*)`", reason)
     unknown = re.search(r"unknown field `([^`]*)`", reason)
-    where, named = path.group(1) if path else "", missing or unknown
+    where, named = path.group(1) if path else "", lacking or unknown
     field = ".".join(filter(None, (where, named.group(1) if named else "")))
-    if missing:
-        return InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
+    if lacking:
+        return missing(field)
     value = None if message is None else _at(field, message)
     if unknown:
         what = absent(unknown.group(1)) or f"{where}: unknown field {unknown.group(1)}".removeprefix(": ")

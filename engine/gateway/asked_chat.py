@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import count, shown
+from cierzo.engine.frontend.bounds import count, missing, must_be
 from cierzo.engine.gateway.field_rows import CALL, CALLS, CHAT, MESSAGE, PART_ROWS, PARTS, TOOL, TOOLS
 from cierzo.engine.gateway.fields import Sieve
 from cierzo.engine.gateway.reading import Asked, Body, Rules, sequence
@@ -36,8 +35,7 @@ def _turn(turn: Any, place: str, sieve: Sieve) -> dict[str, Any]:
     if fields.get("role") == "developer":
         fields["role"] = "system"
     if "content" not in turn and fields.get("role") != "assistant":
-        what = f"{place}.content is missing"
-        raise InvalidRequest(what, field=f"{place}.content", limit="needed", value="left out")
+        raise missing(f"{place}.content")
     if isinstance(content := fields.get("content"), list):
         fields["content"] = [_part(part, f"{place}.content[{at}]", sieve) for at, part in enumerate(content)]
     if "tool_calls" in fields:
@@ -64,8 +62,7 @@ def _logprobs(read: Body, name: str, top: str) -> None:
     """Make a flag, and the number of alternatives, the engine's one number."""
     wanted, number = read.flag(name), read.integer(top)
     if not wanted and number:
-        limit = f"left out, unless {name} is true"
-        raise InvalidRequest(f"{top} must be {limit}", field=top, limit=limit, value=shown(number))
+        raise must_be(top, f"left out, unless {name} is true", number)
     if wanted:
         read.arguments[name] = number or 0
         read.places[f"sampling.{name}"] = read.places[name] = top
@@ -75,8 +72,6 @@ def _continued(read: Body) -> None:
     """Have the answer go on with the last turn, if vLLM's way of saying so is used."""
     goes_on = read.flag("continue_final_message")
     if read.flag("add_generation_prompt", default=not goes_on) == goes_on:
-        limit = "the opposite of continue_final_message"
-        what = f"add_generation_prompt must be {limit}"
-        raise InvalidRequest(what, field="add_generation_prompt", limit=limit, value=shown(goes_on))
+        raise must_be("add_generation_prompt", "the opposite of continue_final_message", goes_on)
     if goes_on and read.arguments["messages"]:
         read.arguments["messages"][-1]["prefix"] = True

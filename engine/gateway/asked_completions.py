@@ -6,13 +6,11 @@ from typing import Any
 
 import msgspec
 
-from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import count, shown
+from cierzo.engine.frontend.bounds import count, must_be
 from cierzo.engine.gateway.field_rows import COMPLETIONS, FIM
-from cierzo.engine.gateway.reading import Asked, Body, Rules
+from cierzo.engine.gateway.reading import Asked, Body, Rules, text
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-PROMPTS = "a text, token ids, or a list of texts or of lists of token ids"
 
 
 def read_completions(body: bytes, rules: Rules) -> list[Asked]:
@@ -27,8 +25,7 @@ def read_completions(body: bytes, rules: Rules) -> list[Asked]:
     if drops_output:
         arguments["max_tokens"] = 1
     if echo and "suffix" in arguments:
-        limit = "false, with suffix"
-        raise InvalidRequest(f"echo must be {limit}", field="echo", limit=limit, value=True)
+        raise must_be("echo", "false, with suffix", echo)
     if echo and "logprobs" in arguments and "prompt_logprobs" not in arguments:
         arguments["prompt_logprobs"] = arguments["logprobs"]
         read.places["sampling.prompt_logprobs"] = "logprobs"
@@ -44,11 +41,8 @@ def read_completions(body: bytes, rules: Rules) -> list[Asked]:
 def read_fim(body: bytes, rules: Rules) -> Asked:
     """Read what is asked for. Raises InvalidRequest with the field's place, and NotFound for another model."""
     read = Body("fim", body, FIM, rules)
-    prompt = read.need("prompt")
-    if not isinstance(prompt, str):
-        raise InvalidRequest("prompt must be a text", field="prompt", limit="a text", value=shown(prompt))
+    read.arguments["text"] = text("", read.given, "prompt")
     read.arguments.setdefault("max_tokens", rules.model.max_model_len)
-    read.arguments["text"] = prompt
     read.places["text"] = "prompt"
     return read.asked()
 
@@ -61,11 +55,10 @@ def _prompts(prompt: Any, rules: Rules) -> list[tuple[str, str, Any]]:
     if kinds == {int}:
         return [("prompt", "token_ids", prompt)]
     if kinds != {str} and kinds != {list}:
-        raise InvalidRequest(f"prompt must be {PROMPTS}", field="prompt", limit=PROMPTS, value=shown(prompt))
+        raise must_be("prompt", "a text, token ids, or a list of texts or of lists of token ids", prompt)
     count("prompt", prompt, rules.max_prompts)
     for number, one in enumerate(prompt if kinds == {list} else ()):
         if set(map(type, one)) != {int}:
-            place = f"prompt[{number}]"
-            raise InvalidRequest(f"{place} must be token ids", field=place, limit="token ids", value=shown(one))
+            raise must_be(f"prompt[{number}]", "token ids", one)
     argument = "text" if kinds == {str} else "token_ids"
     return [(f"prompt[{number}]", argument, one) for number, one in enumerate(prompt)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import count, one_of, shown
+from cierzo.engine.frontend.bounds import count, missing, one_of, shown
 from cierzo.engine.gateway.field_rows import (
     ITEM_ROWS,
     ITEMS,
@@ -155,7 +154,7 @@ class _Turns:
         if isinstance(content, str):
             return content
         if content is None:
-            raise InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
+            raise missing(field)
         parts = []
         for number, part in enumerate(sequence(content, field)):
             at = f"{field}[{number}]"

@@ -25,6 +25,7 @@ from cierzo.engine.errors import (
     ProtocolError,
     Unauthorized,
 )
+from cierzo.engine.frontend.bounds import must_be
 from cierzo.engine.frontend.client import Client
 from cierzo.engine.frontend.client_options import GenerateArguments
 from cierzo.engine.frontend.generation import Generation
@@ -107,8 +108,7 @@ class _House(House):
     async def requests(self, call: Call, endpoint: Endpoint) -> list[Request]:
         found = await super().requests(call, endpoint)
         if found[0].asked.stream:
-            limit = "false in a batch"
-            raise InvalidRequest(f"stream must be {limit}", field="stream", limit=limit, value=True)
+            raise must_be("stream", "false in a batch", True)
         return found
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.frontend.arguments import tokenize_arguments
+from cierzo.engine.frontend.bounds import must_be
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.gateway import answers, words
 from cierzo.engine.gateway.answers import Events, Head, Told
@@ -103,8 +104,7 @@ async def _prompt(house: House, call: Call, request: Request) -> Prompt:
     """The prompt, as far as it comes before the answer."""
     asked, backend = request.asked, call.engine
     if asked.stream and asked.prompt_logprobs is not None and not asked.echo:
-        limit = "left out, unless echo is true or stream is false"
-        raise InvalidRequest(f"prompt_logprobs must be {limit}", field="prompt_logprobs", limit=limit, value=True)
+        raise must_be("prompt_logprobs", "left out, unless echo is true or stream is false", True)
     if not asked.echo:
         return Prompt()
     token_ids = request.arguments.get("token_ids")

@@ -16,7 +16,7 @@ import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
-from cierzo.engine.frontend.bounds import shown
+from cierzo.engine.frontend.bounds import must_be, shown
 
 Treatment = Literal["served", "passed over", "refused"]
 MAX_TOLD = 32  # names of fields that were passed over, for one header
@@ -148,8 +148,7 @@ def at(place: str, name: str) -> str:
 
 def _require_object(values: Any, place: str) -> None:
     if not isinstance(values, dict):
-        limit = "an object"
-        raise InvalidRequest(f"{place} must be {limit}", field=place, limit=limit, value=shown(values))
+        raise must_be(place, "an object", values)
 
 
 def _refuse(row: Row, value: Any, place: str) -> None:

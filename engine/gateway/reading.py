@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, NotFound
-from cierzo.engine.frontend.bounds import shown
+from cierzo.engine.frontend.bounds import missing, must_be, shown
 from cierzo.engine.gateway.fields import Sieve, Table, at
 from cierzo.engine.gateway.json_body import read_object
 from cierzo.engine.messages import ModelInfo
@@ -89,33 +89,31 @@ class Body:
     def need(self, name: str) -> Any:
         """A field that must be there. Raises InvalidRequest if it is not."""
         if name not in self.given:
-            raise InvalidRequest(f"{name} is missing", field=name, limit="needed", value="left out")
+            raise missing(name)
         return self.given[name]
 
     def flag(self, name: str, *, default: bool = False) -> bool:
         """A field that is true or false. Raises InvalidRequest for anything else."""
         value = self.given.get(name, default)
         if not isinstance(value, bool):
-            raise _mistyped(name, "true or false", value)
+            raise must_be(name, "true or false", value)
         return value
 
     def integer(self, name: str) -> int | None:
         """A field that is an integer. Raises InvalidRequest for anything else."""
         value = self.given.get(name)
         if value is not None and type(value) is not int:
-            raise _mistyped(name, "an integer", value)
+            raise must_be(name, "an integer", value)
         return value
 
     def asked(self, **what: Any) -> Asked:
         """All of it. Raises InvalidRequest for options of a stream where none is asked for."""
         stream, options = self.flag("stream"), self.given.get("stream_options", {})
         if options and not stream:
-            limit = "left out, unless stream is true"
-            told = f"stream_options must be {limit}"
-            raise InvalidRequest(told, field="stream_options", limit=limit, value=shown(options))
+            raise must_be("stream_options", "left out, unless stream is true", options)
         for name, value in options.items():
             if not isinstance(value, bool):
-                raise _mistyped(f"stream_options.{name}", "true or false", value)
+                raise must_be(f"stream_options.{name}", "true or false", value)
         return Asked(
             endpoint=self.endpoint,
             arguments={**self.arguments, "deltas": stream},
@@ -137,7 +135,7 @@ class Body:
         if name in names:
             return name
         if not isinstance(name, str):
-            raise _mistyped("model", "a name", name)
+            raise must_be("model", "a name", name)
         limit = ", ".join(names)
         raise NotFound(
             f"there is no model {shown(name)!r}; served: {limit}", field="model", limit=limit, value=shown(name)
@@ -176,10 +174,6 @@ def _biases(value: Any) -> Any:
     return {int(name): bias for name, bias in value.items()}
 
 
-def _mistyped(field: str, limit: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=shown(value))
-
-
 def in_body(error: CierzoError, asked: Asked) -> CierzoError:
     """The error with the field as the body names it: max_completion_tokens, where the engine says
     sampling.max_tokens."""
@@ -212,14 +206,14 @@ def text(place: str, values: Mapping[str, Any], name: str) -> str:
     """A text of an object at `place`. Raises InvalidRequest for anything else, or if it is missing."""
     field = at(place, name)
     if name not in values:
-        raise InvalidRequest(f"{field} is missing", field=field, limit="needed", value="left out")
+        raise missing(field)
     if not isinstance(values[name], str):
-        raise _mistyped(field, "a text", values[name])
+        raise must_be(field, "a text", values[name])
     return values[name]
 
 
 def sequence(value: Any, place: str) -> list[Any]:
     """A list. Raises InvalidRequest for anything else."""
     if not isinstance(value, list):
-        raise _mistyped(place, "a list", value)
+        raise must_be(place, "a list", value)
     return value

@@ -12,7 +12,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.frontend.arguments import tokenize_arguments
-from cierzo.engine.frontend.bounds import shown
+from cierzo.engine.frontend.bounds import must_be
 from cierzo.engine.gateway.asked_chat import read_chat
 from cierzo.engine.gateway.backend import Backend
 from cierzo.engine.gateway.field_rows import DETOKENIZE, TOKENIZE
@@ -52,8 +52,7 @@ async def detokenize(body: bytes, rules: Rules, backend: Backend) -> Told:
     tokens = sequence(read.need("tokens"), "tokens")
     for number, token in enumerate(tokens):
         if type(token) is not int:
-            field, limit = f"tokens[{number}]", "a token id"
-            raise InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=shown(token))
+            raise must_be(f"tokens[{number}]", "a token id", token)
     read.places["token_ids"] = "tokens"
     asked = read.asked()
     try:
@@ -97,6 +96,4 @@ def _conversation(read: Body, rules: Rules) -> Asked:
 
 def _without(read: Body, name: str, beside: str) -> None:
     if name in read.given:
-        limit = f"left out, unless with {beside}"
-        what = f"{name} must be {limit}"
-        raise InvalidRequest(what, field=name, limit=limit, value=shown(read.given[name]))
+        raise must_be(name, f"left out, unless with {beside}", read.given[name])
