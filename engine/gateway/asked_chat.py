@@ -7,7 +7,7 @@ from typing import Any
 from cierzo.engine.frontend.bounds import count, missing, must_be
 from cierzo.engine.gateway.field_rows import CALL, CALLS, CHAT, MESSAGE, PART_ROWS, PARTS, TOOL, TOOLS
 from cierzo.engine.gateway.fields import Sieve
-from cierzo.engine.gateway.reading import Asked, Body, Rules, sequence
+from cierzo.engine.gateway.reading import Asked, Body, Rules, entries, sequence
 
 
 def read_chat(body: bytes, rules: Rules) -> Asked:
@@ -16,11 +16,11 @@ def read_chat(body: bytes, rules: Rules) -> Asked:
     turns = sequence(read.need("messages"), "messages")
     count("messages", turns, rules.max_turns)
     arguments = read.arguments
-    arguments["messages"] = [_turn(turn, f"messages[{number}]", read.sieve) for number, turn in enumerate(turns)]
+    arguments["messages"] = [_turn(turn, place, read.sieve) for place, turn in entries(turns, "messages")]
     arguments.setdefault("max_tokens", rules.model.max_model_len)
     if "tools" in read.given:
-        tools = sequence(read.given["tools"], "tools")
-        arguments["tools"] = [_tool(tool, f"tools[{number}]", read.sieve) for number, tool in enumerate(tools)]
+        tools = entries(read.given["tools"], "tools")
+        arguments["tools"] = [_tool(tool, place, read.sieve) for place, tool in tools]
     _logprobs(read, "logprobs", "top_logprobs")
     if type(number := read.given.get("prompt_logprobs")) is int and "top_prompt_logprobs" not in read.given:
         arguments["prompt_logprobs"] = number  # as clients of vLLM say it
@@ -37,10 +37,10 @@ def _turn(turn: Any, place: str, sieve: Sieve) -> dict[str, Any]:
     if "content" not in turn and fields.get("role") != "assistant":
         raise missing(f"{place}.content")
     if isinstance(content := fields.get("content"), list):
-        fields["content"] = [_part(part, f"{place}.content[{at}]", sieve) for at, part in enumerate(content)]
+        fields["content"] = [_part(part, at, sieve) for at, part in entries(content, f"{place}.content")]
     if "tool_calls" in fields:
-        calls = sequence(fields["tool_calls"], f"{place}.tool_calls")
-        fields["tool_calls"] = [_call(call, f"{place}.tool_calls[{at}]", sieve) for at, call in enumerate(calls)]
+        calls = entries(fields["tool_calls"], f"{place}.tool_calls")
+        fields["tool_calls"] = [_call(call, at, sieve) for at, call in calls]
     return fields
 
 

@@ -17,7 +17,7 @@ from cierzo.engine.gateway.field_rows import (
     RESPONSES,
 )
 from cierzo.engine.gateway.fields import Sieve
-from cierzo.engine.gateway.reading import Asked, Body, Rules, sequence, text
+from cierzo.engine.gateway.reading import Asked, Body, Rules, entries, sequence, text
 
 LOGPROBS = "message.output_text.logprobs"
 # What else may be included: parts of items that no answer here has. A thought is told as it is, encrypted nowhere.
@@ -40,14 +40,14 @@ def read_responses(body: bytes, rules: Rules) -> Asked:
         turns.add_text("input", "user", given)
     else:
         count("input", sequence(given, "input"), rules.max_turns)
-        for number, one in enumerate(given):
-            turns.take(one, f"input[{number}]")
+        for place, item in entries(given, "input"):
+            turns.take(item, place)
     arguments = read.arguments
     arguments["messages"] = turns.turns
     arguments.setdefault("max_tokens", rules.model.max_model_len)
     if "tools" in read.given:
-        tools = sequence(read.given["tools"], "tools")
-        arguments["tools"] = [_tool(tool, f"tools[{number}]", read.sieve) for number, tool in enumerate(tools)]
+        tools = entries(read.given["tools"], "tools")
+        arguments["tools"] = [_tool(tool, place, read.sieve) for place, tool in tools]
     if "effort" in (reasoning := read.given.get("reasoning", {})):
         arguments["reasoning_effort"] = reasoning["effort"]
         read.places["reasoning_effort"] = "reasoning.effort"
@@ -62,9 +62,9 @@ def _tool(tool: Any, place: str, sieve: Sieve) -> dict[str, Any]:
 
 def _logprobs(read: Body) -> None:
     """Ask for log-probabilities where they are to be included, or their alternatives are counted."""
-    names = sequence(read.given.get("include", []), "include")
-    for number, name in enumerate(names):
-        one_of(f"include[{number}]", name if isinstance(name, str) else str(shown(name)), INCLUDABLE)
+    names = read.given.get("include", [])
+    for place, name in entries(names, "include"):
+        one_of(place, name if isinstance(name, str) else str(shown(name)), INCLUDABLE)
     top = read.integer("top_logprobs")
     if LOGPROBS in names or top:
         read.arguments["logprobs"] = top or 0
@@ -135,8 +135,7 @@ class _Turns:
 
     def _thought(self, fields: dict[str, Any], place: str) -> None:
         texts = []
-        for number, part in enumerate(sequence(fields.get("content", []), f"{place}.content")):
-            at = f"{place}.content[{number}]"
+        for at, part in entries(fields.get("content", []), f"{place}.content"):
             self._sieve.kind(part, REASONING_PARTS, at)
             texts.append(text(at, self._sieve.served(part, REASONING_PART, at), "text"))
         if texts:
@@ -156,8 +155,7 @@ class _Turns:
         if content is None:
             raise missing(field)
         parts = []
-        for number, part in enumerate(sequence(content, field)):
-            at = f"{field}[{number}]"
+        for at, part in entries(content, field):
             rows = RESPONSE_PART_ROWS[self._sieve.kind(part, RESPONSE_PARTS, at)]
             parts.append({"type": "text", "text": text(at, self._sieve.served(part, rows, at), "text")})
         return parts

@@ -217,3 +217,9 @@ def sequence(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list):
         raise must_be(place, "a list", value)
     return value
+
+
+def entries(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a list, each behind its place. Raises InvalidRequest for what is no list."""
+    for number, entry in enumerate(sequence(value, place)):
+        yield f"{place}[{number}]", entry
