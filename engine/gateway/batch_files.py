@@ -108,12 +108,10 @@ class Files:
     def _work(self, number: int, data: bytes | None) -> Work | None:
         if data is not None and not data.strip():
             return None
-        custom_id = None
         try:
             if data is None:
                 what = f"it is longer than {self._most} bytes"
                 raise InvalidRequest(what, field="line", limit=f"{self._most} bytes")
-            custom_id = _custom_id(data)
             line = read_line(data)
             earlier = self._index.find(line.custom_id)
             if earlier:
@@ -123,7 +121,9 @@ class Files:
             self._index.add(line.custom_id, number)
             return Work(number, line) if earlier is None else None
         except InvalidRequest as error:
-            return Work(number, None, custom_id, error) if self._index.find(number) is None else None
+            if self._index.find(number) is not None:
+                return None
+            return Work(number, None, None if data is None else _custom_id(data), error)
 
     def write(self, work: Work, response: Response | None = None) -> None:
         """Append the answer to a line. An OSError leaves nothing of it."""
