@@ -29,7 +29,6 @@ NEEDED = {
     "/v1/responses": ["input"],
     "/detokenize": ["tokens"],
 }
-STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/fim/completions", "/v1/responses"}
 TYPES = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n"), "integer"),
     **dict.fromkeys(("seed", "random_seed", "top_k", "top_logprobs", "priority", "max_thinking_tokens"), "integer"),
@@ -148,7 +147,7 @@ def _operation(row: Any, path: str, lenient: bool) -> Schema:
 def _answer(path: str) -> Schema:
     kind = KINDS.get(path, "application/json")
     content: Schema = {kind: {"schema": ANSWERS.get(path, TEXT)}}
-    if path in STREAMS:
+    if "stream" in TABLES.get(path, ()):
         content["text/event-stream"] = {}
     return {"description": "the answer", "content": content}
 
