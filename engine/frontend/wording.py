@@ -52,6 +52,7 @@ class Wording:
         self._prompts = prompts
         self._config = config
         self._model = model
+        self._spellings = {token_id: word.encode() for word, token_id in prompts.special_ids.items()}
 
     def weight(self, message: Tokenize | Detokenize) -> int:
         """The work of an answer, in characters of text that take as long to encode."""
@@ -108,8 +109,7 @@ class Wording:
         count("token_ids", token_ids, min(most, self._model.max_model_len))
         if token_ids:
             validate.token_ids("token_ids", token_ids, self._model.vocab_size)
-        names = {index: text.encode() for text, index in tokenizer.special_ids.items()}
-        spelled = [tokenizer.token_bytes(token_id) or names.get(token_id, b"") for token_id in token_ids]
+        spelled = [tokenizer.token_bytes(token_id) or self._spellings.get(token_id, b"") for token_id in token_ids]
         said = spelled if message.control_tokens else map(tokenizer.token_bytes, token_ids)
         text = b"".join(said).decode("utf-8", errors="replace")
         text = text.removeprefix(" ") if tokenizer.strip_leading_space else text
