@@ -65,7 +65,7 @@ class Words:
         self, message: Tokenize | Detokenize, granted: Collection[str], tenant: Tenant
     ) -> asyncio.Future[Worded]:
         """Have a message answered, on behalf of a tenant with these features; cancel the future to drop it. Raises
-        the CierzoError that refuses it, as the future does."""
+        the CierzoError that refuses it, as the future does; that may also raise Late, which `late` tells."""
         if isinstance(message, Tokenize):
             features(prompt_of(message), granted)
         if self._wording.weight(message) <= self._config.inline_chars:
@@ -76,6 +76,11 @@ class Words:
         return self._aside(
             Job(stream=message.stream, features=[*granted], has_attached=False, method=method), body, tenant
         )
+
+    def late(self) -> Overloaded:
+        """The refusal of a message that no process came to in time."""
+        what = f"the processes that encode were busy for {WAIT_S:g} s"
+        return Overloaded(what, field="encoders", retry_after_s=self._config.retry_after_s)
 
     def info(self, message: GetTokenizer) -> TokenizerInfo:
         """Describe the tokenizer."""
@@ -154,9 +159,7 @@ class Words:
             frame = pack([answer.result()])
             self._encoders.budget.take(len(frame), sink.access.tenant.name)
         except Late:
-            what = f"the processes that encode were busy for {WAIT_S:g} s"
-            late = Overloaded(what, field="encoders", retry_after_s=self._config.retry_after_s)
-            sink.put(failure(stream_id, late))
+            sink.put(failure(stream_id, self.late()))
         except CierzoError as error:
             sink.put(failure(stream_id, error))
         else:

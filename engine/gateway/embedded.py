@@ -14,7 +14,7 @@ from typing import Any, Unpack, cast
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError, ConnectionLost, Overloaded
+from cierzo.engine.errors import CierzoError, ConnectionLost
 from cierzo.engine.frontend.arguments import detokenize_message, generate_message, tokenize_message
 from cierzo.engine.frontend.client_options import GenerateArguments, TokenizeArguments
 from cierzo.engine.frontend.delta_cost import delta_cost
@@ -28,7 +28,6 @@ from cierzo.engine.frontend.methods import Methods, require_right
 from cierzo.engine.frontend.outlet import DELTA_HEAP
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.frontend.tenants import Access, Right, Visitor
-from cierzo.engine.frontend.words import WAIT_S
 from cierzo.engine.gateway.backend import Caller
 from cierzo.engine.messages import (
     ACCEPTANCE,
@@ -63,7 +62,6 @@ log = logging.getLogger(__name__)
 FEATURES = frozenset(
     (ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "prompt_logprobs", "tokenize", "trace")
 )
-RETRY_AFTER_S = 1.0
 CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
 CREDIT_S = 1.0  # and after so long whatever has been
 FIRST_QUESTION = 1 << 20  # stream ids of what is no generation
@@ -190,11 +188,11 @@ class Desk:
 
     async def _words(self, message: Tokenize | Detokenize) -> Worded:
         """Have a message about words answered."""
+        words = self._house.frontend.words
         try:
-            return await self._house.frontend.words.ask(message, self.features, self.access.tenant)
+            return await words.ask(message, self.features, self.access.tenant)
         except Late:
-            what = f"the processes that encode were busy for {WAIT_S:g} s"
-            raise Overloaded(what, field="encoders", retry_after_s=RETRY_AFTER_S) from None
+            raise words.late() from None
 
     async def _ask(self, message: ClientMessage) -> Any:
         """Ask what has one answer, and wait for it."""
