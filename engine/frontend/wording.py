@@ -79,9 +79,7 @@ class Wording:
             return TokenizerInfo(stream=stream_id)
         roles = {role: tokenizer.spellings.get(role, "") for role in ("bos_token", "eos_token", "pad_token")}
         template = prompts.template.template.source if isinstance(prompts.template, TemplateChat) else ""
-        version = getattr(tokenizer, "version", "")
-        kind = f"tekken {version}" if version else "tokenizers"
-        return TokenizerInfo(stream=stream_id, kind=kind, chat_template=template, **roles)
+        return TokenizerInfo(stream=stream_id, kind=tokenizer.kind, chat_template=template, **roles)
 
     def _token_ids(self, message: Tokenize, most: int) -> list[int]:
         given = [name for name in ("text", "messages") if getattr(message, name) is not None]

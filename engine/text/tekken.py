@@ -33,6 +33,7 @@ class TekkenVocabulary:
     def __init__(self, inner: Tekkenizer) -> None:
         self.inner = inner
         self.version: str = inner.version.value
+        self.kind = f"tekken {self.version}"
         self.num_tokens = inner.n_words
         num_special = inner.num_special_tokens
         self.special_ids: Mapping[str, int] = {

@@ -75,6 +75,8 @@ class Tokenizer:
     that the checkpoint's chat templates, or everyone, use as markers.
     """
 
+    kind = "tokenizers"
+
     def __init__(
         self, inner: tokenizers.Tokenizer, config: TokenizerConfig | None = None, templates: str = ""
     ) -> None:

@@ -26,6 +26,7 @@ class Vocabulary(TokenSizes, Protocol):
     strip_leading_space: bool
     eos_token: str
     eos_token_id: int | None
+    kind: str  # whose file it was read from, and of what version, as clients are told
     spellings: dict[str, str]  # of tokens with a role, by its name, such as "bos_token"
 
     @property
