@@ -33,7 +33,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     lenient: bool = False
     max_depth: int = 64
     max_turns: int = 4096
-    max_prompts: int = 256
+    max_prompts: int = 128
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
