@@ -13,7 +13,7 @@ import msgspec
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.answer import goes_on, pieces, tool_calls
-from cierzo.engine.gateway.errors import unplanned
+from cierzo.engine.gateway.errors import require_planned
 from cierzo.engine.gateway.token_words import TokenWords, chat_entry
 from cierzo.engine.messages import Delta, Final, Part, TokenLogprobs
 
@@ -165,7 +165,9 @@ class ResponseEvents:
             "output_tokens_details": {"reasoning_tokens": self.thought_tokens},
             "total_tokens": usage.prompt_tokens + usage.output_tokens,
         }
-        if (error := unplanned(sample)) is not None:
+        try:
+            require_planned(final)
+        except CierzoError as error:
             yield self._failed(error)
             return
         response["status"] = "completed" if is_good else "incomplete"

@@ -33,8 +33,9 @@ def test_a_text_that_no_process_came_to_is_to_be_sent_again(either, monkeypatch)
     """The server itself says when."""
 
     def word(self, *given):
-        answer = asyncio.get_running_loop().create_future()
-        answer.set_exception(Late())
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        loop.call_soon(answer.set_exception, Late())
         return answer
 
     monkeypatch.setattr(LocalEncoders, "word", word)
