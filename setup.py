@@ -24,6 +24,7 @@ RUNTIME = [
     "uvloop>=0.21",
     "tokenizers>=0.21",
     "mistral-common>=1.13.1,<1.14",
+    "llguidance>=1.9.1,<1.10",  # grammars: which tokens may come next
     "jinja2>=3.1",
     "tqdm>=4.66",
     "cryptography>=44",  # reads the times of certificates, where there is TLS
@@ -39,6 +40,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "jsonschema>=4.20",  # judges outputs that must hold a schema
     "transformers>=5.23,<5.24",
     "compressed-tensors>=0.20,<0.21",
     "accelerate>=1.0",  # transformers refuses gguf_file= without it

@@ -57,11 +57,24 @@ class ChatMessage(Piece, frozen=True, omit_defaults=True):
 
 
 class Tool(Piece, frozen=True, omit_defaults=True):
-    """A function that the model may call. `parameters`: JSON schema of its arguments."""
+    """A function that the model may call. `parameters`: JSON schema of its arguments; `strict` (feature
+    "grammars"): they hold it."""
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = {}
+    strict: bool = False
+
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+
+
+class Grammar(Piece, frozen=True, omit_defaults=True):
+    """A rule that an answer holds (feature "grammars"). `value`: the JSON text of the schema, the pattern, the texts to
+    choose from, or the grammar in llguidance's dialect of Lark; nothing for "json_object"."""
+
+    kind: GrammarKind
+    value: str | list[str] = ""
 
 
 PartKind = Literal["text", "thinking", "call"]

@@ -14,6 +14,8 @@ import msgspec
 from cierzo.engine.conversation import (
     ChatMessage,
     Content,
+    Grammar,
+    GrammarKind,
     Message,
     Part,
     PartKind,
@@ -46,7 +48,7 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
+    *("grammars", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
 )
 # The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
 ACCEPTANCE = "acceptance"
@@ -66,6 +68,8 @@ __all__ = [
     "GetModel",
     "GetStats",
     "GetTokenizer",
+    "Grammar",
+    "GrammarKind",
     "Health",
     "Message",
     "ModelInfo",
@@ -123,6 +127,9 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     `parallel_tool_calls` false an answer ends after its first call; `suffix`: what comes behind the answer to
     `text` (fill in the middle).
 
+    Of the feature "grammars": `grammar`, which the text of the answer holds; `tool_choice` "required", or the name
+    of one of `tools`: the answer is calls, or a call of that one; `Tool.strict`.
+
     Of the feature "trace": `caller_id`, the caller's own name of the request, and `traceparent`, the W3C trace
     context that it is part of; the server's logs and records repeat both.
     """
@@ -143,6 +150,7 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     suffix: str | None = None
+    grammar: Grammar | None = None
     caller_id: str = ""
     traceparent: str = ""
 
@@ -322,7 +330,8 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
 
     With `Generate.deltas` false, `token_ids`, `text`, `logprobs` and `parts` carry the whole output; else they are
     empty. With the feature "parts", one that stopped and has a whole call ends as "tool_calls"; `broken_calls`:
-    numbers of the calls whose arguments are no JSON object, or whose name no tool can have.
+    numbers of the calls whose arguments are no JSON object, or whose name no tool can have. `incomplete` (feature
+    "grammars"): it ended before its grammar did.
     """
 
     sample: int
@@ -336,6 +345,7 @@ class SampleEnd(Message, frozen=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     parts: list[Part] = []
     broken_calls: list[int] = []
+    incomplete: bool = False
 
 
 class Final(Message, frozen=True, tag="final", omit_defaults=True):
@@ -384,6 +394,18 @@ ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | R
 # --- front end -> core -------------------------------------------------------------------------------------
 
 
+class Vocabulary(Message, frozen=True, tag="vocabulary"):
+    """The tokens that grammars are about: sent before the first Submit that has one, to each core.
+
+    `tokens`: the bytes of each id of the model, empty where it has no text; `control_ids`: of these, the tokens
+    that a grammar names by their ids alone; `eos_token_ids`: those that end an answer.
+    """
+
+    tokens: list[bytes]
+    control_ids: list[int]
+    eos_token_ids: list[int]
+
+
 class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     """A validated request. `sampling.seed` is set.
 
@@ -393,6 +415,8 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     `banned_token_ids`: sequences of tokens that no output holds; `thinking`: the budget of its thoughts.
     `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
     share no blocks. `num_scored`: entries of the prompt's log-probabilities that an earlier run has delivered.
+    `grammar`: what the whole output must be, as llguidance reads it, within the limits of text/grammar_limits.py;
+    "": anything.
     """
 
     request_id: int
@@ -409,6 +433,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     weight: float = 1.0
     cache_salt: bytes = b""
     num_scored: int = 0
+    grammar: str = ""
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -423,7 +448,7 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     """Leave the loop now."""
 
 
-CoreCommand = Submit | Abort | Shutdown
+CoreCommand = Vocabulary | Submit | Abort | Shutdown
 
 # --- core -> front end -------------------------------------------------------------------------------------
 

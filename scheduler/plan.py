@@ -123,7 +123,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a sequence ended, and what it cost. Times in seconds; `stop_token_id` set when a token ended it.
 
     computed_tokens: rows of steps that were its; recomputed_tokens: of these, tokens that this core had computed
-    before. steps: those with a row of it. kv_block_s: blocks that it held, times seconds.
+    before. steps: those with a row of it. kv_block_s: blocks that it held, times seconds. incomplete: it had a
+    grammar, which had not ended.
     """
 
     reason: FinishReason
@@ -140,6 +141,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     recomputed_tokens: int = 0
     steps: int = 0
     kv_block_s: float = 0.0
+    incomplete: bool = False
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
