@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-MAX_GRAMMAR_BYTES = 256 * 1024  # of a schema, pattern or grammar as it comes
-MAX_COMPILE_S = 2.0  # until the first mask: the process that takes longer is killed
-# What llguidance counts; its documentation has the speeds: a step of 20 ms at the most.
+MAX_GRAMMAR_BYTES = 256 * 1024  # of a request's schema, pattern, choices or grammar, or the schemas of its tools
+MAX_NESTING = 100  # brackets within each other: parsers that call themselves have a stack
+# What llguidance counts; by its documentation 14,000 units of fuel and 20,000 items of a step take a millisecond.
 MAX_ITEMS_IN_ROW = 1_000
 INITIAL_LEXER_FUEL = 1_000_000
 STEP_LEXER_FUEL = 100_000

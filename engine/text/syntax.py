@@ -29,6 +29,7 @@ THINK_TAGS: dict[str, Mark] = {"<think>": "think", "</think>": "/think"}
 CALL_TAGS: dict[str, Mark] = {"<tool_call>": "call", "</tool_call>": "/call"}
 LLAMA_CALL = "<|python_tag|>"
 CALL_MARKS: tuple[Mark, ...] = ("call", "/call")
+WITH_CALL_IDS = "v11"  # of Mistral's tokenizers, the one whose calls have ids behind a marker
 SPELLED_THOUGHTS = "v11"  # of Mistral's tokenizers, the one whose reasoning models spell their think tags
 
 
@@ -37,13 +38,15 @@ class Syntax(msgspec.Struct, frozen=True, omit_defaults=True):
     all with the same first character of ASCII.
 
     call_marker: the spelling of the one that opens calls. named_calls: behind it may stand a name and arguments;
-    else JSON alone. bare_calls: the JSON of a call at the beginning of an answer, or behind its thought, is a call.
+    else JSON alone. call_ids: between them, behind a marker, an id. bare_calls: the JSON of a call at the beginning
+    of an answer, or behind its thought, is a call.
     """
 
     tokens: dict[int, Mark] = {}
     spelled: dict[str, Mark] = {}
     call_marker: str = ""
     named_calls: bool = False
+    call_ids: bool = False
     bare_calls: bool = False
 
     def without_calls(self, kept: Collection[int]) -> Syntax | None:
@@ -111,7 +114,8 @@ def syntax_of(vocabulary: Vocabulary, template_source: str | None, tekken_versio
     tokens = {ids[spelling]: mark for spelling, mark in marks.items() if spelling in ids}
     spelled = {spelling: mark for spelling, mark in marks.items() if spelling not in ids}
     call_marker = next((spelling for spelling, mark in marks.items() if mark == "call"), "")
-    return Syntax(tokens, spelled, call_marker, is_mistral, bare_calls and not spelled)
+    call_ids = "[CALL_ID]" in ids and (tekken_version == WITH_CALL_IDS or "[CALL_ID]" in source)
+    return Syntax(tokens, spelled, call_marker, is_mistral, call_ids, bare_calls and not spelled)
 
 
 def _are_used(tags: Mapping[str, Mark], source: str, ids: Mapping[str, int]) -> bool:
