@@ -70,8 +70,8 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
 class Grammar(Piece, frozen=True, omit_defaults=True):
-    """A rule that an answer holds (feature "grammars"). `value`: the JSON text of the schema, the pattern, the texts
-    to choose from, or the grammar in llguidance's dialect of Lark; nothing for "json_object"."""
+    """A rule that an answer holds (feature "grammars"). `value`: the JSON text of the schema, the pattern, the
+    texts to choose from, or the grammar in llguidance's dialect of Lark; nothing for "json_object"."""
 
     kind: GrammarKind
     value: str | list[str] = ""

@@ -32,6 +32,7 @@ from cierzo.engine.gateway.config import NO_HTTP, HttpConfig, check_http
 from cierzo.engine.log_lines import LineQueue, queued_lines
 from cierzo.engine.messages import ModelInfo
 from cierzo.engine.server_process import prepare_memory, return_large_blocks
+from cierzo.engine.text.grammar import vocabulary_of
 from cierzo.engine.text.prompt import PromptEncoder, reads_tekken
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ async def _serve(
     config, prompts = load_prompts(config)
     config, recorder = with_flight_folder(config)
     flights = Flights.under(config.flight_folder, config.record_prompts)
-    link = CoreLink(config.frontend, config, spawn, flights=flights)
     model = model_info(config, prompts)
+    table = vocabulary_of(prompts, model)
+    link = CoreLink(config.frontend, config, spawn, flights=flights, vocabulary=table)
     checkpoint = config.checkpoint if prompts.tokenizer is not None else ""
     setup = Setup(checkpoint=checkpoint, tokenizer=config.tokenizer, frontend=config.frontend, model=model)
     encoders = Encoders(config.frontend, setup)
@@ -116,6 +118,8 @@ async def _serve(
         startup = await _first(link.start(frontend.core), signals.get())
         if isinstance(startup, signal.Signals):
             return 0 if startup == signal.SIGTERM else 128 + startup
+        if table is not None:
+            encoders.warm()
         prepare_memory()
         return_large_blocks()
         _say(f"{startup}\nready: {config.name} at {server.address}")

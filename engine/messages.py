@@ -395,7 +395,7 @@ ServerMessage = Welcome | Accepted | Delta | Deltas | Final | Failure | Ping | R
 
 
 class Vocabulary(Message, frozen=True, tag="vocabulary"):
-    """The tokens that grammars are about: sent before the first Submit that has one, to each core.
+    """The tokens that grammars are about: the first command to each core, behind its settings.
 
     `tokens`: the bytes of each id of the model, empty where it has no text; `control_ids`: of these, the tokens
     that a grammar names by their ids alone; `eos_token_ids`: those that end an answer.

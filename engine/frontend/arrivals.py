@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -20,6 +22,7 @@ from cierzo.engine.frontend.encoders import Encoder, Late
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.grammar_checks import GrammarChecks, about
 from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
@@ -99,7 +102,8 @@ class Arrivals:
         self._new_reader = reader_of(prompts)
         self._inline = RequestEncoder(prompts, config, model)
         self._encoders = encoders
-        self._encoding: dict[int, asyncio.Future[Encoded]] = {}  # by request id
+        self.grammars = GrammarChecks(config, encoders, clock)
+        self._encoding: dict[int, asyncio.Future[Any]] = {}  # of prompts, and then grammars, by request id
         self._attachments = Attachments(config, encoders.budget, clock, self._attachment_expired)
         self._tenancy = tenancy
         self._streams = streams
@@ -152,7 +156,7 @@ class Arrivals:
             if attached is not None or self._prompts.weight(message) > self._config.inline_chars:
                 self._encode_aside(stream, msgspec.msgpack.encode(message), attached)
             else:
-                self._start(stream, self._inline.encode(message, apart=stream.apart))
+                self._held(stream, self._inline.encode(message, apart=stream.apart))
         except CierzoError as error:
             self._refuse(stream, error)
             raise
@@ -198,6 +202,7 @@ class Arrivals:
         self._attachments.close()
         for future in [*self._encoding.values()]:
             future.cancel()
+        self.grammars.close()
 
     # --- inside ----------------------------------------------------------------------------------------
 
@@ -252,10 +257,16 @@ class Arrivals:
         self._encoding.pop(stream.request_id, None)
         if future.cancelled() or stream not in self._streams:
             return
-        try:
+        with self._refusing(stream, was_refused=was_refused):
             encoded = future.result()
             if self._settle(stream, encoded):
-                self._start(stream, encoded)
+                self._held(stream, encoded)
+
+    @contextmanager
+    def _refusing(self, stream: Stream, *, was_refused: bool = False) -> Iterator[None]:
+        """Tell the client of whatever goes wrong with a stream that waited."""
+        try:
+            yield
         except Late:
             self._owner.end(stream, "deadline")
         except CierzoError as error:
@@ -266,6 +277,41 @@ class Arrivals:
         except Exception as error:
             log.exception("request %d could not be started", stream.request_id)
             self._refuse_late(stream, CierzoError(f"internal error: {type(error).__name__}"))
+
+    def _held(self, stream: Stream, encoded: Encoded) -> None:
+        """Start a request, once its grammar is known to be one; meanwhile its prompt counts as one that waits."""
+        grammar, tenant = encoded.submit.grammar, stream.tenant.name
+        try:
+            checking = self.grammars.ask(grammar, tenant) if grammar else None
+        except CierzoError as error:
+            raise about(encoded.grammar_field, error) from error
+        if checking is None:
+            self._start(stream, encoded)
+            return
+        submit = encoded.submit
+        submit = msgspec.structs.replace(submit, prompt_token_ids=pack_prompt(submit.prompt_token_ids))
+        encoded = msgspec.structs.replace(encoded, submit=submit)
+        num_bytes = memoryview(cast(msgspec.Raw, submit.prompt_token_ids)).nbytes
+        try:
+            self._encoders.budget.take(num_bytes, tenant)
+        except CierzoError:
+            checking.cancel()
+            raise
+        self._encoding[stream.request_id] = checking
+        checking.add_done_callback(partial(self._checked, stream, encoded, num_bytes, tenant))
+
+    def _checked(
+        self, stream: Stream, encoded: Encoded, num_bytes: int, tenant: str, checking: asyncio.Future[None]
+    ) -> None:
+        """Start a request whose grammar was compiled, or refuse it; one that ended meanwhile has cancelled that."""
+        self._encoders.budget.give(num_bytes, tenant)
+        self._encoding.pop(stream.request_id, None)
+        if checking.cancelled() or stream not in self._streams:
+            return
+        with self._refusing(stream):
+            if (error := checking.exception()) is not None:
+                raise about(encoded.grammar_field, error) if isinstance(error, CierzoError) else error
+            self._start(stream, encoded)
 
     def _settle(self, stream: Stream, encoded: Encoded) -> bool:
         """Take over what a message says of its stream, which may have been opened without it; False if its key

@@ -113,6 +113,12 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     encoders: Annotated[
         int, Meta(ge=1, le=64, description="processes that encode long prompts, beside one for those up to 256 KiB")
     ] = 1
+    max_grammar_s: Annotated[
+        float, Meta(gt=0, le=60, description="seconds in which a grammar must be compiled, to its first mask")
+    ] = 2.0
+    max_known_grammars: Annotated[
+        int, Meta(ge=0, description="grammars that are known to compile, or not, and are not tried again")
+    ] = 4096
 
     # the end
     lame_duck_s: Annotated[

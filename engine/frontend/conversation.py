@@ -11,7 +11,7 @@ from cierzo.engine.messages import ChatMessage, Generate, ThinkingChunk, Tool
 from cierzo.engine.text.tool_names import TOOL_NAME, is_tool_name
 
 ROLES = ("system", "user", "assistant", "tool")
-TOOL_CHOICES = ("auto", "none")
+TOOL_CHOICES = ("auto", "none", "required")
 MAX_TOOLS = 512
 # Fields of a turn that belong to some roles.
 ROLES_OF_FIELD = {
@@ -39,15 +39,8 @@ def conversation(message: Generate, config: FrontendConfig, efforts: Sequence[st
         if not is_chat:
             raise _without("tools", "messages", ", ".join(tool.name for tool in message.tools))
         _tools(message.tools)
-    if message.tool_choice not in TOOL_CHOICES:
-        choice = message.tool_choice[:MAX_SHOWN_CHARS]
-        what = "this version does not support required and named tools"
-        raise InvalidRequest(
-            f"tool_choice is {choice!r}, allowed: auto, none; {what}",
-            field="tool_choice",
-            limit=", ".join(TOOL_CHOICES),
-            value=message.tool_choice,
-        )
+    if message.tool_choice not in ("auto", "none"):
+        _choice(message)
     if message.suffix is not None and message.text is None and message.attached != "text":
         raise _without("suffix", "text", message.suffix)
 
@@ -164,6 +157,18 @@ def _all_there(open_ids: set[str], field: str) -> None:
             limit="a result for each call",
             value=ids,
         )
+
+
+def _choice(message: Generate) -> None:
+    """Check that there are tools of which one must be called, and that one by name is among them."""
+    choice, names = message.tool_choice, [tool.name for tool in message.tools]
+    if choice == "required" and not names:
+        what = "tool_choice is required, and there are no tools"
+        raise InvalidRequest(what, field="tool_choice", limit="with tools", value=choice)
+    if choice != "required" and choice not in names:
+        limit = ", ".join((*TOOL_CHOICES, "the name of one of tools"))
+        what = f"tool_choice is {choice[:MAX_SHOWN_CHARS]!r}, allowed: {limit}"
+        raise InvalidRequest(what, field="tool_choice", limit=limit, value=shown(choice))
 
 
 def _tools(tools: list[Tool]) -> None:

@@ -35,7 +35,7 @@ from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frames import FrameSplitter, pack
 from cierzo.engine.frontend.restarts import Restarts
 from cierzo.engine.frontend.watch import LOOK_S, Verdict, Watch, process_state
-from cierzo.engine.messages import CoreCommand, CoreError, CoreEvent, Ready, Shutdown, StepOutput
+from cierzo.engine.messages import CoreCommand, CoreError, CoreEvent, Ready, Shutdown, StepOutput, Vocabulary
 from cierzo.engine.signs import SignsPage
 
 log = logging.getLogger(__name__)
@@ -133,10 +133,12 @@ class CoreLink:
         spawn: Spawn = spawn_worker,
         clock: Callable[[], float] = time.monotonic,
         flights: Flights | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        """flights: where the records of cores that died are kept."""
+        """flights: where the records of cores that died are kept. vocabulary: sent to each core behind its
+        settings: what it makes of it takes half a second, which is to be over before it takes requests."""
         self._config = config
-        self._hello = pack([engine_config])
+        self._hello = pack([engine_config, *([] if vocabulary is None else [vocabulary])])
         self._spawn = spawn
         self._clock = clock
         self._flights = flights

@@ -1,4 +1,5 @@
-"""`python -m cierzo.engine.frontend.encoder_process --socket PATH`: a process that encodes prompts, one at a time.
+"""`python -m cierzo.engine.frontend.encoder_process --socket PATH`: a process that encodes prompts, or compiles
+grammars, one at a time.
 
 Started by the front end, not by hand; it ends when the front end closes the socket.
 """
@@ -16,11 +17,13 @@ from typing import BinaryIO
 import msgspec
 
 from cierzo.engine.errors import CierzoError
-from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup
+from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup, compile_answer
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.log_lines import plain_lines
 from cierzo.engine.server_process import end_with_parent
+from cierzo.engine.text.grammar import vocabulary_of
+from cierzo.engine.text.grammar_check import GrammarCompiler
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -49,11 +52,16 @@ def run(socket_path: str) -> int:
         except CierzoError as error:
             _write(connection, [msgspec.msgpack.encode(failure(0, error))])
             return 1
+        table = vocabulary_of(prompts, setup.model) if setup.compiles else None
+        compiler = None if table is None else GrammarCompiler(table)
         encoder = RequestEncoder(prompts, setup.frontend, setup.model)
         _write(connection, [msgspec.msgpack.encode(Loaded())])
         while True:
             job = msgspec.msgpack.decode(_read(incoming), type=Job)
             body = _read(incoming)
+            if compiler is not None:
+                _write(connection, [compile_answer(compiler, job, body)])
+                continue
             attached = _read(incoming) if job.has_attached else None
             _write(connection, encoder.answer(job, body, attached))
     return 0

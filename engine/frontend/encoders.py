@@ -1,7 +1,9 @@
 """The front end's side of the encoder processes: starts them, gives them jobs, and replaces those that die or hang.
 
 A long prompt keeps its process for seconds. So tenants take turns, the shortest job of each goes first, and one
-process takes short jobs only; a job gains on shorter ones as it waits, so that none waits for ever.
+process takes short jobs only; a job gains on shorter ones as it waits, so that none waits for ever. Grammars have a
+process of their own, which is killed when one of them takes it too long, and no prompt waits for it. It is started
+with the first of them, or by `warm`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from cierzo.engine.errors import CierzoError
+from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.frontend.child import (
     MAX_CHILD_FRAME_BYTES,
     Child,
@@ -28,7 +30,7 @@ from cierzo.engine.frontend.child import (
     wait_for_news,
 )
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import Answer, Encoded, Job, Loaded, Setup, packed
+from cierzo.engine.frontend.encoding import COMPILE, Answer, Compiled, Encoded, Job, Loaded, Setup, packed
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.job_queue import JobQueue
@@ -50,9 +52,13 @@ MAX_TRIES = 2  # of a job whose process dies
 PATIENCE_S, SLOWEST = 2.0, 10.0
 LOOK_AGAIN_S = 0.2
 FIRST_BYTES_PER_S = 1e6  # until a rate is measured
-Outcome = Encoded | Worded
+Outcome = Encoded | Worded | Compiled
 _decode = msgspec.msgpack.Decoder(Answer).decode
 spawn_encoder = partial(spawn_module, "cierzo.engine.frontend.encoder_process")
+
+
+class TooSlow(InvalidRequest):
+    """A grammar was not compiled in its time, this time."""
 
 
 class Late(Exception):
@@ -77,6 +83,11 @@ class Encoder(Protocol):
         """Have a message about words answered; the rest is as in `submit`."""
         ...
 
+    def compile(self, grammar: bytes, deadline_at_s: float, tenant: str = DEFAULT) -> asyncio.Future[Compiled]:
+        """Have a grammar compiled; the future gives the InvalidRequest that refuses it, without a field. The rest
+        is as in `submit`."""
+        ...
+
 
 class EncoderDied(Exception):
     """The process ended."""
@@ -93,14 +104,16 @@ class EncoderHangs(Exception):
 @dataclass(slots=True, eq=False)
 class _Ticket:
     """A job on its way. `rank`: the lowest of a tenant's goes first. `frames`: the pieces of each; empty once it is
-    over."""
+    over. `num_bytes`: its length, by which it waits; `kept_bytes`: what is charged for it."""
 
     frames: list[list[Buffer]]
     num_bytes: int
+    kept_bytes: int
     rank: float
     deadline_at_s: float
     answer: asyncio.Future[Any]
     tenant: str
+    compiles: bool = False
     timer: asyncio.TimerHandle | None = None
     tries: int = 0
 
@@ -132,8 +145,8 @@ class _Pipe(asyncio.Protocol):
             match _decode(body):
                 case Encoded() as encoded:
                     self._encoded = encoded
-                case Tokenized() | Detokenized() as worded:
-                    self._say(worded)
+                case Tokenized() | Detokenized() | Compiled() as answer:
+                    self._say(answer)
                 case Failure() as refused if self.loaded.done():
                     self._say(error_of(refused))
                 case Failure() as refused:
@@ -168,16 +181,19 @@ class _Pipe(asyncio.Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Seat:
-    """A place for one process at a time. `takes_long`: whether it takes jobs of any length."""
+    """A place for one process at a time. `takes_long`: whether it takes jobs of any length; `compiles`: these are
+    grammars."""
 
     takes_long: bool
+    compiles: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
     process: Child | None = None
     pipe: _Pipe | None = None
 
 
 class Encoders:
-    """A pool of `config.encoders` processes, and one more for short jobs. `start`, `submit`, `close`."""
+    """A pool of `config.encoders` processes, one more for short jobs, and one for grammars. `start`, `submit`,
+    `close`."""
 
     def __init__(
         self,
@@ -187,11 +203,13 @@ class Encoders:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget = ByteBudget(config)
-        self._setup = pack([setup])
+        self._config = config
+        self._setups = {compiles: pack([msgspec.structs.replace(setup, compiles=compiles)]) for compiles in (0, 1)}
         self._spawn = spawn
         self._clock = clock
         self._seats = [_Seat(takes_long=True) for _ in range(config.encoders)] + [_Seat(takes_long=False)]
-        self._waiting = JobQueue[_Ticket]()
+        self._compiling = _Seat(takes_long=True, compiles=True)
+        self._waiting, self._grammars = JobQueue[_Ticket](), JobQueue[_Ticket]()
         self._bytes_per_s = FIRST_BYTES_PER_S
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -200,6 +218,12 @@ class Encoders:
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep(seat)) for seat in self._seats]
 
+    def warm(self) -> None:
+        """Start the process for grammars, unless it is there: the first one would wait for it."""
+        if self._compiling not in self._seats:
+            self._seats.append(self._compiling)
+            self._keepers.append(asyncio.get_running_loop().create_task(self._keep(self._compiling)))
+
     async def close(self) -> None:
         """End the processes; jobs that are left are cancelled."""
         for keeper in self._keepers:
@@ -207,7 +231,7 @@ class Encoders:
         await asyncio.gather(*self._keepers, return_exceptions=True)
         for seat in self._seats:
             await _end(seat)  # of which the keeper may have been in the middle
-        for ticket in list(self._waiting):
+        for ticket in [*self._waiting, *self._grammars]:
             ticket.answer.cancel()
             self._over(ticket)
 
@@ -218,13 +242,17 @@ class Encoders:
         now, loop = self._clock(), asyncio.get_running_loop()
         num_bytes = len(body) + sum(map(len, attached))
         self.budget.take(num_bytes, tenant)
+        compiles = job.method == COMPILE
+        length = 1 if compiles else num_bytes  # how long a grammar takes, its length does not tell
         ticket = _Ticket(
             [[msgspec.msgpack.encode(job)], [body], *([[*attached]] if job.has_attached else [])],
+            length,
             num_bytes,
-            num_bytes + AGEING_BYTES_PER_S * now,
+            length + AGEING_BYTES_PER_S * now,
             deadline_at_s,
             loop.create_future(),
             tenant,
+            compiles,
         )
         ticket.timer = loop.call_later(max(0.0, deadline_at_s - now), self._late, ticket)
         ticket.answer.add_done_callback(lambda _: self._forget(ticket))
@@ -235,25 +263,35 @@ class Encoders:
         """Queue a job that is about words. Raises Overloaded."""
         return cast("asyncio.Future[Worded]", self.submit(job, body, [], deadline_at_s, tenant))
 
+    def compile(self, grammar: bytes, deadline_at_s: float, tenant: str = DEFAULT) -> asyncio.Future[Compiled]:
+        """Queue a grammar. Raises Overloaded."""
+        self.warm()
+        job = Job(stream=0, features=[], has_attached=False, method=COMPILE)
+        return cast("asyncio.Future[Compiled]", self.submit(job, grammar, [], deadline_at_s, tenant))
+
     # --- jobs ------------------------------------------------------------------------------------------
 
+    def _queue(self, job: _Ticket | _Seat) -> JobQueue[_Ticket]:
+        """The jobs of this kind that wait."""
+        return self._grammars if job.compiles else self._waiting
+
     def _wait(self, ticket: _Ticket) -> None:
-        self._waiting.add(ticket)
+        self._queue(ticket).add(ticket)
         for seat in self._seats:
             seat.news.set()
 
     def _forget(self, ticket: _Ticket) -> None:
         """Nobody waits for the answer any more, or it is there."""
-        if ticket in self._waiting:
+        if ticket in self._queue(ticket):
             self._over(ticket)
 
     def _over(self, ticket: _Ticket) -> None:
         """A job is no longer here, whatever the way: its bytes go. May be called twice."""
-        self._waiting.discard(ticket)
+        self._queue(ticket).discard(ticket)
         if ticket.timer is not None:
             ticket.timer.cancel()
             ticket.timer = None
-            self.budget.give(ticket.num_bytes, ticket.tenant)
+            self.budget.give(ticket.kept_bytes, ticket.tenant)
         ticket.frames.clear()
 
     def _late(self, ticket: _Ticket) -> None:
@@ -263,7 +301,7 @@ class Encoders:
 
     def _next(self, seat: _Seat) -> _Ticket | None:
         """Take the job that is due next from the queue."""
-        return self._waiting.take(math.inf if seat.takes_long else SHORT_BYTES)
+        return self._queue(seat).take(math.inf if seat.takes_long else SHORT_BYTES)
 
     # --- processes -------------------------------------------------------------------------------------
 
@@ -284,7 +322,7 @@ class Encoders:
 
     async def _launch(self, seat: _Seat) -> _Pipe:
         """Start a process, and wait until it takes jobs."""
-        pipe = seat.pipe = _Pipe(self._setup, seat.news.set)
+        pipe = seat.pipe = _Pipe(self._setups[seat.compiles], seat.news.set)
         async with private_socket("encoder", pipe) as path:
             await wait_for_news(await self._fill(seat, path), {pipe.loaded}, START_TIMEOUT_S)
         if not pipe.loaded.done():
@@ -316,7 +354,8 @@ class Encoders:
     async def _work(self, seat: _Seat, pipe: _Pipe, ticket: _Ticket) -> bool:
         """Have one job done; False if the process is of no use any more."""
         answer, is_over = ticket.answer, True
-        limit_s = min(max(ticket.deadline_at_s - self._clock(), GRACE_S), LONGEST_JOB_S)
+        longest_s = self._config.max_grammar_s if ticket.compiles else LONGEST_JOB_S
+        limit_s = min(max(ticket.deadline_at_s - self._clock(), GRACE_S), longest_s)
         try:
             async with asyncio.timeout(limit_s):
                 encoded = await self._ask(seat, pipe, ticket)
@@ -324,18 +363,19 @@ class Encoders:
             _set(answer, error)
         except TimeoutError:
             log.error("an encoder process is replaced: its job was not done within %.3g s", limit_s)
-            _set(answer, CierzoError(f"internal error: the prompt was not encoded within {limit_s:g} s"))
+            _set(answer, _not_done(ticket, limit_s))
             return False
         except (EncoderDied, EncoderHangs) as error:
             is_stopped = isinstance(error, EncoderHangs) and error.is_stopped
             ticket.tries += not is_stopped
             what = "was stopped" if is_stopped else "hung" if isinstance(error, EncoderHangs) else "died"
-            log.error("an encoder process %s at a job of %d bytes", what, ticket.num_bytes)
+            log.error("an encoder process %s at a job of %d bytes", what, ticket.kept_bytes)
             if ticket.tries < MAX_TRIES and not answer.done():
                 is_over = False
                 self._wait(ticket)
             else:
-                _set(answer, CierzoError(f"internal error: the process that encoded the prompt {what}"))
+                job = "compiled the grammar" if ticket.compiles else "encoded the prompt"
+                _set(answer, CierzoError(f"internal error: the process that {job} {what}"))
             return False
         else:
             _set(answer, encoded)
@@ -349,7 +389,7 @@ class Encoders:
         """Have a process do a job. One that takes long, and was twice found doing nothing, hangs: EncoderHangs."""
         assert seat.process is not None
         asking, since_s, idle = asyncio.ensure_future(pipe.ask(ticket.frames)), self._clock(), 0
-        wait_s = PATIENCE_S + SLOWEST * ticket.num_bytes / self._bytes_per_s
+        wait_s = PATIENCE_S + SLOWEST * ticket.kept_bytes / self._bytes_per_s
         try:
             while not (await asyncio.wait({asking}, timeout=wait_s))[0]:
                 wait_s, state = LOOK_AGAIN_S, process_state(seat.process.pid)
@@ -357,12 +397,21 @@ class Encoders:
                 if idle == 2:
                     raise EncoderHangs(is_stopped=state in ("T", "t"))
             encoded = asking.result()
-            rate = ticket.num_bytes / max(self._clock() - since_s, 1e-6)
-            self._bytes_per_s += 0.1 * (rate - self._bytes_per_s)
+            rate = ticket.kept_bytes / max(self._clock() - since_s, 1e-6)
+            if not ticket.compiles:
+                self._bytes_per_s += 0.1 * (rate - self._bytes_per_s)
             return encoded
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
+
+
+def _not_done(ticket: _Ticket, limit_s: float) -> CierzoError:
+    """The error for a job that took too long."""
+    if not ticket.compiles:
+        return CierzoError(f"internal error: the prompt was not encoded within {limit_s:g} s")
+    what = f"the grammar was not compiled within {limit_s:g} s (max_grammar_s)"
+    return TooSlow(what, limit=f"{limit_s:g} s", value="longer")
 
 
 def _set(answer: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:

@@ -20,6 +20,8 @@ from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.frontend.wording import DECODERS, Wording, prompt_of
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit, Tokenize, Worded
+from cierzo.engine.text.grammar import grammar_field, grammar_of, writer_of
+from cierzo.engine.text.grammar_check import GrammarCompiler
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
@@ -31,16 +33,18 @@ _decode_attached = {
     "token_ids": msgspec.msgpack.Decoder(list[int]).decode,
 }
 _encode = msgspec.msgpack.Encoder().encode
+COMPILE = "compile"  # a job's method
 
 
 class Setup(Message, frozen=True):
     """First message to an encoder process. `checkpoint`: folder of the tokenizer; "": there is none. `tokenizer`:
-    which of its files is read."""
+    which of its files is read. `compiles`: its jobs are grammars, and not prompts."""
 
     checkpoint: str
     frontend: FrontendConfig
     model: ModelInfo
     tokenizer: str = "auto"
+    compiles: bool = False
 
 
 class Loaded(Message, frozen=True, tag="loaded"):
@@ -49,12 +53,17 @@ class Loaded(Message, frozen=True, tag="loaded"):
 
 class Job(Message, frozen=True):
     """A request to encode. `stream` is what its beginning named; `features` are those of its connection.
-    `method`: the type of the message; of another than "generate" the answer is the one that its client gets."""
+    `method`: the type of the message; of another than "generate" the answer is the one that its client gets, but of
+    COMPILE, whose body is a grammar, Compiled."""
 
     stream: int
     features: list[str]
     has_attached: bool
     method: str = "generate"
+
+
+class Compiled(Message, frozen=True, tag="compiled"):
+    """A grammar can be followed."""
 
 
 class Encoded(Message, frozen=True, tag="encoded"):
@@ -63,7 +72,8 @@ class Encoded(Message, frozen=True, tag="encoded"):
     in_thinking: the prompt ends within a thought. calls: how many the answer may hold. tail: `Detokenizer.tail` of
     the output tokens; where the answer comes in parts, instead `states` of their reader, after each STATE_TOKENS of
     them and after all.
-    content: `digest` of the whole message, if it has an idempotency key.
+    content: `digest` of the whole message, if it has an idempotency key. grammar_field: the field that the grammar
+    of `submit` is from.
     """
 
     message: Generate
@@ -74,9 +84,10 @@ class Encoded(Message, frozen=True, tag="encoded"):
     content: bytes = b""
     in_thinking: bool = False
     calls: CallLimit = "many"
+    grammar_field: str = ""
 
 
-Answer = Loaded | Encoded | Worded | Failure
+Answer = Loaded | Compiled | Encoded | Worded | Failure
 
 
 class RequestEncoder:
@@ -87,6 +98,7 @@ class RequestEncoder:
         self._config = config
         self._model = model
         self._wording = Wording(prompts, config, model)
+        self._grammars = writer_of(prompts, model)
 
     def answer(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> list[bytes]:
         """The frames of the answer. Never raises."""
@@ -126,6 +138,12 @@ class RequestEncoder:
             image_token_ids=prompts.image_token_ids,
         )
         submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
+        one_call = prompts.call_limit(message) == "one"
+        grammar = grammar_of(
+            self._grammars, message, in_thinking=prompt.in_thinking, one_call=one_call, apart=apart
+        )
+        if grammar:
+            submit = msgspec.structs.replace(submit, grammar=grammar)
         tail, states = self._seen(message, submit, prompt, apart)
         return Encoded(
             message=message,
@@ -136,6 +154,7 @@ class RequestEncoder:
             calls=prompts.call_limit(message),
             tail=tail,
             states=states,
+            grammar_field=grammar_field(message) if grammar else "",
         )
 
     def _seen(
@@ -170,7 +189,7 @@ class RequestEncoder:
         validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
         encoded = self.encode(message, apart="parts" in job.features)
         nothing: dict[str, Any] = dict.fromkeys(("text", "messages", "token_ids", "attached", "suffix"))
-        bare = msgspec.structs.replace(message, **nothing, output_token_ids=[], tools=[])
+        bare = msgspec.structs.replace(message, **nothing, output_token_ids=[], tools=[], grammar=None)
         submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=[])
         return (
             msgspec.structs.replace(encoded, message=bare, submit=submit),
@@ -212,6 +231,15 @@ class RequestEncoder:
             raise InvalidRequest(
                 f"{kind} has {length} entries, allowed: {most}", field=kind, limit=most, value=length
             )
+
+
+def compile_answer(compiler: GrammarCompiler, job: Job, body: bytes | bytearray) -> bytes:
+    """The frame of the answer to a grammar. Never raises."""
+    try:
+        compiler.check(body.decode())
+        return _encode(Compiled())
+    except CierzoError as error:
+        return _encode(failure(job.stream, error))
 
 
 def _once(stream_id: int, job: Job) -> None:

@@ -11,6 +11,8 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.bounds import json_text, shown
 from cierzo.engine.frontend.wire_checks import CHUNKS
 
+TOOL_WORDS = ("auto", "none", "required", "any")
+
 
 def turn(value: Any, field: str) -> Any:
     """A turn of a conversation. A field that is None counts as left out, as OpenAI's clients mean it."""
@@ -28,26 +30,20 @@ def turn(value: Any, field: str) -> Any:
 
 
 def tool(value: Any, field: str) -> Any:
-    """A tool that an answer may call. Raises InvalidRequest for one whose arguments must fit its schema."""
-    if not isinstance(value, dict):
-        return value
-    fields = _function(_given(value), field)
-    if fields.pop("strict", None):
-        what = "this version does not support arguments that must fit the schema"
-        raise InvalidRequest(f"{field}.strict is true: {what}", field=f"{field}.strict", limit="false", value=True)
-    return fields
+    """A tool that an answer may call."""
+    return _function(_given(value), field) if isinstance(value, dict) else value
 
 
 def tool_choice(value: Any) -> Any:
-    """A choice among tools. Raises InvalidRequest for one of them by name."""
-    if isinstance(value, dict):
-        raise InvalidRequest(
-            "tool_choice names a tool, allowed: auto, none; this version does not support named tools",
-            field="tool_choice",
-            limit="auto, none",
-            value=shown(value),
-        )
-    return value
+    """A choice among tools: one of them by name as that name, "any" of Mistral's interface as "required". Raises
+    InvalidRequest for a tool whose name is a choice of its own."""
+    if not isinstance(value, dict):
+        return "required" if value == "any" else value
+    name = _function(_given(value), "tool_choice").get("name")
+    if isinstance(name, str) and name in TOOL_WORDS:
+        what = f"tool_choice names the tool {name!r}, and that word is a choice of its own: call the tool otherwise"
+        raise InvalidRequest(what, field="tool_choice", limit=f"not {', '.join(TOOL_WORDS)}", value=name)
+    return value if name is None else name
 
 
 def _call(value: Any, field: str) -> Any:

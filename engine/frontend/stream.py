@@ -333,7 +333,7 @@ class Stream:
 
     def ends(self) -> list[tuple[Sample, SampleEnd]]:
         """Each sample, and how it ended."""
-        ends = []
+        ends, tells_grammars = [], self.sink is not None and "grammars" in self.sink.features
         for sample in self.samples:
             if (finish := sample.finish) is None:
                 continue
@@ -346,6 +346,7 @@ class Stream:
                 message=finish.message,
                 preemptions=finish.preemptions,
                 broken_calls=broken_calls,
+                incomplete=finish.incomplete and tells_grammars,
             )
             ends.append((sample, end))
         return ends

@@ -17,6 +17,7 @@ from cierzo.engine.messages import Generate, SamplingParams
 # Fields of `generate`, and of its `sampling`, that belong to a feature.
 FEATURE_OF_FIELD = {
     "attached": "attach",
+    "grammar": "grammars",
     "idempotency_key": "resume",
     **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "suffix"), "parts"),
     **dict.fromkeys(("caller_id", "traceparent"), "trace"),
@@ -41,6 +42,7 @@ def features(message: Generate, granted: Collection[str]) -> None:
             if value != plain:
                 told = "given" if field == "idempotency_key" else shown(value)  # a key is a secret
                 require_feature(granted, feature, field, field, told)
+        _strict(message, granted)
     for index, turn in enumerate(message.messages or ()):
         if turn.prefix or turn.name or not isinstance(turn.content, str):
             field = "prefix" if turn.prefix else "name" if turn.name else "content"
@@ -51,6 +53,15 @@ def features(message: Generate, granted: Collection[str]) -> None:
         for (field, feature), value, plain in rows:
             if value != plain:
                 require_feature(granted, feature, field, f"sampling.{field}", shown(value))
+
+
+def _strict(message: Generate, granted: Collection[str]) -> None:
+    """Raise InvalidRequest for calls that must come, or must hold a schema, without the feature for that."""
+    if message.tool_choice not in ("auto", "none"):
+        require_feature(granted, "grammars", "tool_choice", "tool_choice", shown(message.tool_choice))
+    for index, tool in enumerate(message.tools):
+        if tool.strict:
+            require_feature(granted, "grammars", "strict", f"tools[{index}].strict", True)
 
 
 def require_feature(granted: Collection[str], feature: str, what: str, field: str, value: object = "given") -> None:

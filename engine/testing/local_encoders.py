@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import msgspec
 
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, packed
+from cierzo.engine.frontend.encoding import COMPILE, Compiled, Encoded, Job, RequestEncoder, packed
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.messages import ModelInfo, Worded
+from cierzo.engine.text.grammar import vocabulary_of
+from cierzo.engine.text.grammar_check import GrammarCompiler
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -26,6 +28,8 @@ class LocalEncoders:
 
     encoder: RequestEncoder
     budget: ByteBudget
+    prompts: PromptEncoder
+    model: ModelInfo
     delay_s: Callable[[], float] | None = None
 
     def submit(
@@ -47,10 +51,25 @@ class LocalEncoders:
         """Have a message about words answered, as `Encoders.word` does."""
         return cast("asyncio.Future[Worded]", self.submit(job, body, [], deadline_at_s, tenant))
 
+    def compile(self, grammar: bytes, deadline_at_s: float, tenant: str = DEFAULT) -> asyncio.Future[Compiled]:
+        """Have a grammar compiled, as `Encoders.compile` does."""
+        job = Job(stream=0, features=[], has_attached=False, method=COMPILE)
+        return cast("asyncio.Future[Compiled]", self.submit(job, grammar, [], deadline_at_s, tenant))
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        table = vocabulary_of(self.prompts, self.model)
+        assert table is not None
+        return GrammarCompiler(table)
+
     def _answer(self, future: asyncio.Future[Any], job: Job, body: bytes, attached: bytes) -> None:
         if future.done():
             return
         try:
+            if job.method == COMPILE:
+                self._compiler.check(body.decode())
+                future.set_result(Compiled())
+                return
             if job.method != "generate":
                 future.set_result(self.encoder.word(job, body))
                 return
@@ -66,4 +85,4 @@ def local_encoders(
     prompts: PromptEncoder, config: FrontendConfig, model: ModelInfo, delay_s: Callable[[], float] | None = None
 ) -> LocalEncoders:
     """The encoders of a front end with these prompts."""
-    return LocalEncoders(RequestEncoder(prompts, config, model), ByteBudget(config), delay_s)
+    return LocalEncoders(RequestEncoder(prompts, config, model), ByteBudget(config), prompts, model, delay_s)

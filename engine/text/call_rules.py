@@ -17,6 +17,7 @@ from cierzo.engine.text.syntax import LLAMA_CALL, Mark, Syntax
 Rules = dict[str, str]  # the right sides of a grammar's rules, by their names
 # Where a JSON object of a call may have spaces; the widest that chat templates write.
 SPACE: Rules = {"space": "SPACE?", "SPACE": r"/[ \r\n\t]{1,4}/"}
+ARGUMENTS = "arguments_"  # and the number of a tool: the rule for its arguments
 _CALL_ID: Rules = {"CALL_ID": "/[a-zA-Z0-9]{9}/"}
 _ANY_TEXT = "/(?s:.*)/"
 
@@ -30,15 +31,16 @@ def marker(syntax: Syntax, mark: Mark) -> str:
 
 
 def call_bodies(
-    syntax: Syntax, tools: Sequence[Tool], rules: Rules, *, one_call: bool, with_text: bool
+    syntax: Syntax, tools: Sequence[tuple[int, Tool]], rules: Rules, *, one_call: bool, with_text: bool
 ) -> list[str]:
     """Right sides for bodies that are calls, one or, unless `one_call`, several; with_text: or text, or text and
-    calls. What they are made of is added to `rules`. Raises InvalidRequest for a schema that is none."""
+    calls. What they are made of is added to `rules`. tools: by their numbers in the request. Raises InvalidRequest
+    for a schema that is none."""
     rules |= SPACE
     if syntax.named_calls and marker(syntax, "args"):
-        rules["call"] = _either(_named(syntax, tool, rules, number) for number, tool in enumerate(tools))
+        rules["call"] = _either(_named(syntax, tool, rules, number) for number, tool in tools)
         return [("text_token* " if with_text else "") + ("call" + _times(one_call, with_text))]
-    rules["entry"] = _either(_entry(syntax, tool, rules, number) for number, tool in enumerate(tools))
+    rules["entry"] = _either(_entry(syntax, tool, rules, number) for number, tool in tools)
     begin = marker(syntax, "call")
     if syntax.named_calls:
         more = "" if one_call else '(space "," space entry)*'
@@ -97,8 +99,8 @@ def _arguments(tool: Tool, rules: Rules, number: int) -> str:
         return "any_object"
     field = f"tools[{number}].parameters"
     schema = {"type": "object"} | tool.parameters
-    rules[f"arguments_{number}"] = json_rule(msgspec.json.encode(schema).decode(), field)
-    return f"arguments_{number}"
+    rules[f"{ARGUMENTS}{number}"] = json_rule(msgspec.json.encode(schema).decode(), field)
+    return f"{ARGUMENTS}{number}"
 
 
 def _either(rights: Iterable[str]) -> str:

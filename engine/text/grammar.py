@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterable
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import Generate, Vocabulary
+from cierzo.engine.messages import Generate, ModelInfo, Vocabulary
 from cierzo.engine.text.call_rules import SPACE, Rules, call_bodies, marker
 from cierzo.engine.text.grammar_limits import MAX_GRAMMAR_BYTES
 from cierzo.engine.text.held_text import OF_CLIENT, held_rules, too_long
+from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.syntax import Syntax
+from cierzo.engine.text.token_table import token_table
 
 FREE_CHOICES = ("auto", "none")  # of tools: no call must come
 # All spellings of a text are alike: none is forced on the model, and a mask holds whatever may come.
@@ -35,6 +37,38 @@ def asks_for_grammar(message: Generate) -> bool:
     return message.tool_choice == "auto" and any(tool.strict for tool in message.tools)
 
 
+def vocabulary_of(prompts: PromptEncoder, model: ModelInfo) -> Vocabulary | None:
+    """The vocabulary that grammars of a served model are about; None if it can have none, for lack of a tokenizer
+    or of a token that ends an answer."""
+    if prompts.tokenizer is None or not model.eos_token_ids:
+        return None
+    return token_table(prompts.tokenizer, model.vocab_size, tuple(model.eos_token_ids))
+
+
+def writer_of(prompts: PromptEncoder, model: ModelInfo) -> GrammarWriter | None:
+    """What writes the grammars of a served model; None if it can have none."""
+    table = vocabulary_of(prompts, model)
+    return None if table is None else GrammarWriter(table, prompts.syntax)
+
+
+def grammar_of(
+    writer: GrammarWriter | None, message: Generate, *, in_thinking: bool, one_call: bool, apart: bool
+) -> str:
+    """The grammar of the answer to a message; "" where it may be anything. The rest is as in `GrammarWriter.write`.
+    Raises InvalidRequest."""
+    if not asks_for_grammar(message):
+        return ""
+    if writer is None:
+        what = "grammars need a tokenizer with a token that ends an answer; the served checkpoint has none"
+        raise InvalidRequest(what, field=grammar_field(message), limit="left out", value="given")
+    return writer.write(message, in_thinking=in_thinking, one_call=one_call, apart=apart)
+
+
+def grammar_field(message: Generate) -> str:
+    """The field that a message's grammar comes from, for whoever refuses it."""
+    return "tools" if message.grammar is None or must_call(message) else "grammar"
+
+
 class GrammarWriter:
     """Writes the grammars of answers of one model."""
 
@@ -44,13 +78,11 @@ class GrammarWriter:
         self._text_token = f"<[^{_ranges(silent.union(table.control_ids, table.eos_token_ids))}]>"
 
     def write(self, message: Generate, *, in_thinking: bool, one_call: bool, apart: bool) -> str:
-        """The grammar of an answer; "" where it may be anything. Raises InvalidRequest.
+        """The grammar of an answer that is held to something. Raises InvalidRequest.
 
         in_thinking: the prompt ends within a thought. one_call: the answer holds no second call. apart: its reader
         tells thoughts from text.
         """
-        if not asks_for_grammar(message):
-            return ""
         held = None if must_call(message) else message.grammar
         rules: Rules = {"text_token": self._text_token}
         may_think = self._may_think(message, apart=apart)
@@ -110,7 +142,7 @@ class GrammarWriter:
             field = "tool_choice" if must_call(message) else "tools.strict"
             raise InvalidRequest(what, field=field, limit="left out", value=choice)
         is_name = must_call(message) and choice != "required"
-        tools = [tool for tool in message.tools if tool.name == choice or not is_name]
+        tools = [(number, tool) for number, tool in enumerate(message.tools) if tool.name == choice or not is_name]
         return call_bodies(syntax, tools, rules, one_call=one_call or is_name, with_text=with_text)
 
 

@@ -14,6 +14,7 @@ import msgspec
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Grammar
 from cierzo.engine.text.grammar_limits import MAX_GRAMMAR_BYTES, MAX_NESTING
+from cierzo.engine.text.schema_checks import refuse_unheld
 
 OF_CLIENT = "of_client"
 ANY_OBJECT = '{"type":"object"}'
@@ -73,6 +74,7 @@ def json_rule(schema: str, field: str) -> str:
     if OPTIONS_KEY in decoded:
         what = f"{field} has {OPTIONS_KEY}: a schema cannot set the options of its compiler"
         raise InvalidRequest(what, field=field, limit=f"without {OPTIONS_KEY}", value=OPTIONS_KEY)
+    refuse_unheld(decoded, field)
     inner = schema.strip()[1:]
     return f'%json {{"{OPTIONS_KEY}":{_JSON_OPTIONS}{"," if decoded else ""}{inner}'
 

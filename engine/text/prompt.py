@@ -192,6 +192,9 @@ class PromptEncoder:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
         weight = len(message.output_token_ids)
         weight += sum(4 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
+        if message.grammar is not None:
+            value = message.grammar.value
+            weight += len(value) if isinstance(value, str) else sum(WORD_CHARS + len(text) for text in value)
         if message.text is not None:
             return weight + len(message.text) + len(message.suffix or "")
         if message.tools:
