@@ -46,7 +46,7 @@ def vocabulary_of(prompts: PromptEncoder, model: ModelInfo) -> Vocabulary | None
 
 
 def writer_of(prompts: PromptEncoder, model: ModelInfo) -> GrammarWriter | None:
-    """What writes the grammars of a served model; None if it can have none."""
+    """Writer of the grammars of a served model; None if it can have none."""
     table = vocabulary_of(prompts, model)
     return None if table is None else GrammarWriter(table, prompts.syntax)
 
@@ -114,8 +114,8 @@ class GrammarWriter:
         return message.messages is not None and is_told and message.reasoning_effort != "none"
 
     def _thought(self, rules: Rules, *, in_thinking: bool, may_think: bool, spaced: bool) -> str:
-        """What stands before the body: a thought, none, or either as the model likes. spaced: a body of that kind
-        may begin with spaces, which models write behind a tag."""
+        """Part of an answer before its body: a thought, none, or either as the model likes. spaced: a body of that
+        kind may begin with spaces, which models write behind a tag."""
         syntax = self._syntax
         if syntax is None or not syntax.marks_thinking or not (in_thinking or may_think):
             return ""

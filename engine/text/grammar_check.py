@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from llguidance import LLMatcher
@@ -10,6 +12,7 @@ from llguidance import LLMatcher
 from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.messages import Vocabulary
 from cierzo.engine.text.call_rules import ARGUMENTS
+from cierzo.engine.text.grammar import OPTIONS
 from cierzo.engine.text.grammar_limits import (
     INITIAL_LEXER_FUEL,
     MAX_GRAMMAR_SIZE,
@@ -23,7 +26,9 @@ from cierzo.engine.text.token_table import grammar_tokenizer
 
 MAX_REASON_CHARS = 300
 _OF_SCHEMA = "failed to compile JSON schema: "
-_AT_LINE = re.compile(r"(?:at )?(\d+)\(\d+\): ")
+_OF_PATTERN = "regex parse error:"
+_AT_LINE = re.compile(r"^(?:at )?\d+\(\d+\): ")
+UNHELD = "no answer can hold the grammar"
 # The limit that a message of llguidance speaks of, by words that are in it.
 _LIMITS = {
     "grammar size": f"{MAX_GRAMMAR_SIZE} symbols",
@@ -45,44 +50,63 @@ class GrammarCompiler:
 
     def check(self, grammar: str) -> None:
         """Compile a grammar and make its first mask. Raises InvalidRequest, with a field where that can be told,
-        where it is none, or passes a limit, or no answer can hold it; CierzoError where llguidance itself fails."""
+        where it is none, or passes a limit, or no answer can hold it; CierzoError where llguidance itself fails.
+
+        What clients have written is compiled alone, too: that none of it can be held might show behind a thought.
+        """
+        for field, leaf in _leaves(grammar):
+            self._check(leaf, field)
+        self._check(grammar, None)
+
+    def _check(self, grammar: str, field: str | None) -> None:
         try:
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
             error = matcher.get_error()
             mask = b"" if error else matcher.compute_bitmask()
             error = error or matcher.get_error()
         except Exception as raised:
-            raise CierzoError(f"internal error: the grammar's compiler failed: {_told(raised)}") from raised
+            raise _failure(raised) from raised
         except BaseException as raised:  # how a panic of Rust arrives
             if isinstance(raised, KeyboardInterrupt | SystemExit):
                 raise
-            raise CierzoError(f"internal error: the grammar's compiler failed: {_told(raised)}") from raised
+            raise _failure(raised) from raised
         if error:
-            raise _refusal(error, grammar)
+            raise _refusal(error, field)
         if not np.frombuffer(mask, np.uint8).any():
-            raise InvalidRequest("no answer can hold the grammar: no token may begin it", limit="satisfiable")
+            raise InvalidRequest(UNHELD, field=field, limit="satisfiable", value="no token may begin it")
 
 
-def _refusal(error: str, grammar: str) -> InvalidRequest:
-    """The error for what llguidance says; its first line has the reason, others show the grammar."""
-    reason, field = error.partition("\n")[0], None
-    if (place := _AT_LINE.match(reason)) is not None:
-        reason, field = reason[place.end() :], _field_of(grammar, int(place[1]))
-    told = reason.removeprefix(_OF_SCHEMA)[:MAX_REASON_CHARS]
+def _leaves(grammar: str) -> Iterator[tuple[str, str]]:
+    """The parts of a grammar that clients have written, each a grammar of its own, by their fields."""
+    if grammar.startswith("{"):
+        ours, theirs = (each["lark_grammar"] for each in json.loads(grammar)["grammars"])
+        yield "grammar.value", f"{OPTIONS}\n{theirs}"
+    else:
+        ours = grammar
+    rules = dict(line.partition(": ")[::2] for line in ours.splitlines())
+    for name, rule in rules.items():
+        if name.startswith(ARGUMENTS):
+            yield f"tools[{name.removeprefix(ARGUMENTS)}].parameters", f"{OPTIONS}\nstart: {rule}"
+        elif name == "held" and ours is grammar:
+            terminal = f"\nHELD: {rules['HELD']}" if rule == "HELD" else ""
+            yield "grammar.value", f"{OPTIONS}\nstart: {rule}{terminal}"
+
+
+def _refusal(error: str, field: str | None) -> InvalidRequest:
+    """The error for what llguidance says. Its first line has the reason, others show the grammar; but of a pattern
+    another one says what is wrong."""
+    reason, _, rest = error.partition("\n")
+    reason = _AT_LINE.sub("", reason).removeprefix(_OF_SCHEMA)
+    if reason.endswith(_OF_PATTERN) and (detail := re.search("^error: (.*)$", rest, re.MULTILINE)) is not None:
+        reason = f"{reason} {detail[1]}"
+    told = reason[:MAX_REASON_CHARS]
     if reason.startswith("NoExtension"):
-        return InvalidRequest("no answer can hold the grammar", field=field, limit="satisfiable", value=told)
+        return InvalidRequest(UNHELD, field=field, limit="satisfiable", value=told)
     limit = next((limit for words, limit in _LIMITS.items() if words in error), "what llguidance takes")
     return InvalidRequest(f"the grammar is refused: {told}", field=field, limit=limit, value=told)
 
 
-def _field_of(grammar: str, line: int) -> str | None:
-    """The field that a line of a grammar is from; None for one that the house has written."""
-    lines = grammar.splitlines()
-    rule = lines[line - 1].partition(":")[0] if line <= len(lines) else ""
-    if rule.startswith(ARGUMENTS):
-        return f"tools[{rule.removeprefix(ARGUMENTS)}].parameters"
-    return "grammar.value" if grammar.startswith("{") or rule.lower() == "held" else None
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:MAX_REASON_CHARS]}"
+def _failure(raised: BaseException) -> CierzoError:
+    return CierzoError(
+        f"internal error: the grammar's compiler failed: {type(raised).__name__}: {str(raised)[:200]}"
+    )

@@ -114,7 +114,7 @@ def syntax_of(vocabulary: Vocabulary, template_source: str | None, tekken_versio
     tokens = {ids[spelling]: mark for spelling, mark in marks.items() if spelling in ids}
     spelled = {spelling: mark for spelling, mark in marks.items() if spelling not in ids}
     call_marker = next((spelling for spelling, mark in marks.items() if mark == "call"), "")
-    call_ids = "[CALL_ID]" in ids and (tekken_version == WITH_CALL_IDS or "[CALL_ID]" in source)
+    call_ids = "[CALL_ID]" in ids and tekken_version in (None, WITH_CALL_IDS)
     return Syntax(tokens, spelled, call_marker, is_mistral, call_ids, bare_calls and not spelled)
 
 

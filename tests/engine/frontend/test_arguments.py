@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.arguments import generate_message, whole_answer
@@ -21,6 +22,7 @@ from cierzo.engine.frontend.frames import pack
 from cierzo.engine.messages import (
     ChatMessage,
     Generate,
+    Grammar,
     SamplingParams,
     TextChunk,
     ThinkingChunk,
@@ -169,6 +171,20 @@ def test_tools_of_any_kind(tool):
         )
 
 
+def test_choices_and_strict_tools_of_any_kind():
+    for choice in ("f", {"type": "function", "function": {"name": "f"}}, {"type": "function", "name": "f"}):
+        message = generate_message(messages=HI, tools=[FUNCTION | {"strict": True}], tool_choice=choice)
+        assert (message.tool_choice, message.tools) == ("f", [replace(TOOL, strict=True)])
+    assert generate_message(messages=HI, tools=[TOOL], tool_choice="any").tool_choice == "required"
+
+
+@pytest.mark.parametrize(
+    "grammar", [Grammar(kind="choice", value=["a", "b"]), {"kind": "choice", "value": ("a", "b")}]
+)
+def test_grammars_of_any_kind(grammar):
+    assert generate_message(text="a", grammar=grammar).grammar == Grammar(kind="choice", value=["a", "b"])
+
+
 def test_turns_as_other_interfaces_write_them():
     """OpenAI's and Mistral's, as their clients dump an answer."""
     function = {"name": "f", "arguments": '{"a":  1}'}
@@ -219,8 +235,9 @@ ANSWER = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argume
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": FUNCTION | {"strict": True}}]}, "tools[0].strict"),
+        ({"tool_choice": {"type": "function", "function": {"name": "required"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
+        ({"tools": [{"type": "function", "function": FUNCTION | {"strict": 1}}]}, "tools[0].strict"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [FUNCTION, FUNCTION | {"returns": {}}]}, "tools[1].returns"),
         ({"tools": [FUNCTION | {"parameters": [1]}]}, "tools[0].parameters"),

@@ -119,8 +119,6 @@ def test_a_model_that_marks_no_thoughts_has_no_budget(run, serving, cores):
         ("beam_width", "beam search"),
         ("use_beam_search", "beam search"),
         ("best_of", "beam search"),
-        ("response_format", "guided outputs"),
-        ("guided_json", "guided outputs"),
         ("embeddings", "embeddings"),
     ],
 )
@@ -136,6 +134,13 @@ def test_what_no_server_has_is_refused_by_name(name, ability):
         assert (refusal.field, refusal.limit, refusal.value) == (field, "left out", "1")
         assert refusal.message == absent(name)
         assert ability in refusal.message
+
+
+@pytest.mark.parametrize("name", ["response_format", "guided_json", "structured_outputs"])
+def test_what_has_another_name_here_is_refused_with_that_name(name):
+    with pytest.raises(InvalidRequest, match=f"by the field grammar, not by {name}") as caught:
+        generate_message(token_ids=[1], **{name: 1})
+    assert caught.value.field == name
 
 
 def test_names_that_mean_nothing_are_still_only_unknown():
