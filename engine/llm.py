@@ -41,6 +41,7 @@ from cierzo.engine.messages import (
     ChatMessage,
     EndReason,
     ExpertStatistics,
+    Grammar,
     Part,
     SamplingParams,
     Submit,
@@ -51,6 +52,7 @@ from cierzo.engine.messages import (
     Usage,
 )
 from cierzo.engine.settings import settings_of
+from cierzo.engine.text.grammar_check import checked_grammar
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import unpacked_entry
@@ -69,7 +71,7 @@ class SampleOutput:
     that of the text alone, and empty without a tokenizer; `broken_calls` are the numbers of calls whose arguments
     are no JSON object, or whose name no tool can have.
     `logprobs` is None unless asked for, else one entry per token, of which each part has its
-    `num_tokens`. `message` says why an answer failed.
+    `num_tokens`. `message` says why an answer failed; `incomplete`, that it ended before its grammar did.
     """
 
     token_ids: list[int]
@@ -80,6 +82,7 @@ class SampleOutput:
     message: str
     parts: list[Part] = field(default_factory=list)
     broken_calls: list[int] = field(default_factory=list)
+    incomplete: bool = False
 
     @property
     def thinking(self) -> str:
@@ -152,6 +155,11 @@ class Output:
         return self.samples[0].broken_calls
 
     @property
+    def incomplete(self) -> bool:
+        """Whether sample 0 ended before its grammar did."""
+        return self.samples[0].incomplete
+
+    @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         """Log-probabilities of sample 0."""
         return self.samples[0].logprobs
@@ -190,6 +198,7 @@ class LLM(OneProcess):
         sampling: Sampling | Iterable[Sampling] | None = None,
         *,
         suffix: str | None = None,
+        grammar: Grammar | Mapping[str, Any] | None = None,
         progress: bool = False,
         **params: Any,
     ) -> list[Output]:
@@ -202,7 +211,8 @@ class LLM(OneProcess):
         prompt or parameter that the RPC would refuse too: the message says which prompt's. Raises CoreFailed when
         the device has failed, now and from then on: only a new process can use it again.
 
-        suffix: text that comes behind the answer to a prompt of text, for models that fill in the middle.
+        suffix: text that comes behind the answer to a prompt of text, for models that fill in the middle. grammar:
+        what each answer holds, such as {"kind": "json_schema", "value": "..."}, of the kinds of docs/structured.md.
 
         Ctrl-C ends the call. A signal handler that is to end it must raise a BaseException, as Ctrl-C does: an
         Exception within a step is taken for the step's own, and ends only the request that meets it.
@@ -212,7 +222,7 @@ class LLM(OneProcess):
         jobs = []
         for number, (prompt, base) in enumerate(zip(listed, _each(sampling, len(listed)), strict=True)):
             with _naming_prompt(number, len(listed)):
-                jobs.append(self._submit({**_fields(prompt), "suffix": suffix}, base, params))
+                jobs.append(self._submit({**_fields(prompt), "suffix": suffix, "grammar": grammar}, base, params))
         return self._run(jobs, progress)
 
     def chat(
@@ -221,16 +231,18 @@ class LLM(OneProcess):
         sampling: Sampling | None = None,
         *,
         tools: Iterable[Tool | Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         reasoning_effort: str | None = None,
+        grammar: Grammar | Mapping[str, Any] | None = None,
         progress: bool = False,
         **params: Any,
     ) -> Output:
         """Answer a conversation, rendered by the checkpoint's chat template.
 
         One message alone may be given without its list. The other arguments are those of `generate`. The model may
-        call `tools` (tool_choice "none": it may not); without `parallel_tool_calls` its answer ends after one call.
+        call `tools` (tool_choice "none": it may not; "required": it must; or the name of the one that it must call);
+        without `parallel_tool_calls` its answer ends after one call. grammar: what the text of the answer holds.
         Messages, tools and calls may also have the fields that OpenAI's and Mistral's interfaces give them.
         Raises InvalidRequest, CoreFailed.
 
@@ -249,6 +261,7 @@ class LLM(OneProcess):
             "tool_choice": tool_choice,
             "parallel_tool_calls": parallel_tool_calls,
             "reasoning_effort": reasoning_effort,
+            "grammar": grammar,
         }
         return self._run([self._submit(fields, sampling, params)], progress)[0]
 
@@ -321,6 +334,8 @@ class LLM(OneProcess):
             image_token_ids=prompts.image_token_ids,
         )
         submit = prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
+        grammar = checked_grammar(prompts, info, message, in_thinking=prompt.in_thinking)
+        submit = msgspec.structs.replace(submit, grammar=grammar)
         samples = [
             Sample(
                 index,
@@ -368,6 +383,7 @@ class _Job:
                 message=finish.message,
                 parts=answer.parts,
                 broken_calls=broken_calls,
+                incomplete=finish.incomplete,
             )
             samples.append(output)
         params, prompt_logprobs = self.submit.sampling, None

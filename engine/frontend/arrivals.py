@@ -22,7 +22,7 @@ from cierzo.engine.frontend.encoders import Encoder, Late
 from cierzo.engine.frontend.encoding import Encoded, Job, RequestEncoder, pack_prompt
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
-from cierzo.engine.frontend.grammar_checks import GrammarChecks, about
+from cierzo.engine.frontend.grammar_checks import GrammarChecks
 from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
@@ -35,6 +35,7 @@ from cierzo.engine.frontend.tenants import Tenant
 from cierzo.engine.frontend.validate import SEED_BITS
 from cierzo.engine.messages import FinishReason, Generate, ModelInfo, Submit
 from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.grammar import about
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import PromptEncoder, Reader
 

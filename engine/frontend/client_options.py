@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from cierzo.engine.frontend.retries import Reconnect, Retry
-from cierzo.engine.messages import FEATURES, ChatMessage, SamplingParams, Tool
+from cierzo.engine.messages import FEATURES, ChatMessage, Grammar, SamplingParams, Tool
 
 MAX_CONNECTIONS = 64  # to each address: one carries any number of generations
 Seconds = Annotated[float, Meta(gt=0)]
@@ -63,6 +63,7 @@ class GenerateArguments(TypedDict, total=False):
     tool_choice: Any
     parallel_tool_calls: bool
     suffix: str | None
+    grammar: Grammar | Mapping[str, Any] | None
     reasoning_effort: str | None
     priority: SupportsIndex
     deadline_s: SupportsFloat | None

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from cierzo.engine.errors import CierzoError
-from cierzo.engine.frontend.encoding import Job, Loaded, RequestEncoder, Setup, compile_answer
+from cierzo.engine.frontend.encoding import Compiled, Job, Loaded, RequestEncoder, Setup
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.log_lines import plain_lines
@@ -60,11 +60,20 @@ def run(socket_path: str) -> int:
             job = msgspec.msgpack.decode(_read(incoming), type=Job)
             body = _read(incoming)
             if compiler is not None:
-                _write(connection, [compile_answer(compiler, job, body)])
+                _write(connection, [_compile_answer(compiler, job, body)])
                 continue
             attached = _read(incoming) if job.has_attached else None
             _write(connection, encoder.answer(job, body, attached))
     return 0
+
+
+def _compile_answer(compiler: GrammarCompiler, job: Job, body: bytes | bytearray) -> bytes:
+    """The frame of the answer to a grammar. Never raises."""
+    try:
+        compiler.check(body.decode())
+        return msgspec.msgpack.encode(Compiled())
+    except CierzoError as error:
+        return msgspec.msgpack.encode(failure(job.stream, error))
 
 
 def _read(incoming: BinaryIO) -> bytes:

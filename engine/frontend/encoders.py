@@ -9,8 +9,10 @@ with the first of them, or by `warm`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +53,9 @@ MAX_TRIES = 2  # of a job whose process dies
 # A job may take so long, and so many times what it would at the usual rate, before its process is looked at.
 PATIENCE_S, SLOWEST = 2.0, 10.0
 LOOK_AGAIN_S = 0.2
+EXIT_S = 0.5  # until the status of a process is known whose socket has ended
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL)
+CRASHED = "the grammar is refused: its compiler crashed at it"
 FIRST_BYTES_PER_S = 1e6  # until a rate is measured
 Outcome = Encoded | Worded | Compiled
 _decode = msgspec.msgpack.Decoder(Answer).decode
@@ -204,7 +209,9 @@ class Encoders:
     ) -> None:
         self.budget = ByteBudget(config)
         self._config = config
-        self._setups = {compiles: pack([msgspec.structs.replace(setup, compiles=compiles)]) for compiles in (0, 1)}
+        self._setups = {
+            compiles: pack([msgspec.structs.replace(setup, compiles=compiles)]) for compiles in (False, True)
+        }
         self._spawn = spawn
         self._clock = clock
         self._seats = [_Seat(takes_long=True) for _ in range(config.encoders)] + [_Seat(takes_long=False)]
@@ -368,6 +375,8 @@ class Encoders:
         except (EncoderDied, EncoderHangs) as error:
             is_stopped = isinstance(error, EncoderHangs) and error.is_stopped
             ticket.tries += not is_stopped
+            if ticket.compiles and await _has_crashed(seat):
+                _set(answer, InvalidRequest(CRASHED, limit="less nested", value="crashed"))
             what = "was stopped" if is_stopped else "hung" if isinstance(error, EncoderHangs) else "died"
             log.error("an encoder process %s at a job of %d bytes", what, ticket.kept_bytes)
             if ticket.tries < MAX_TRIES and not answer.done():
@@ -421,6 +430,15 @@ def _set(answer: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)
+
+
+async def _has_crashed(seat: _Seat) -> bool:
+    """Whether a process has ended by a fault of its own: a compiler that called itself too often, say."""
+    assert seat.process is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(EXIT_S):
+            return -(await seat.process.wait()) in CRASHES
+    return False
 
 
 async def _end(seat: _Seat) -> None:

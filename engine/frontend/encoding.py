@@ -21,7 +21,6 @@ from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.frontend.wording import DECODERS, Wording, prompt_of
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit, Tokenize, Worded
 from cierzo.engine.text.grammar import grammar_field, grammar_of, writer_of
-from cierzo.engine.text.grammar_check import GrammarCompiler
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
@@ -231,15 +230,6 @@ class RequestEncoder:
             raise InvalidRequest(
                 f"{kind} has {length} entries, allowed: {most}", field=kind, limit=most, value=length
             )
-
-
-def compile_answer(compiler: GrammarCompiler, job: Job, body: bytes | bytearray) -> bytes:
-    """The frame of the answer to a grammar. Never raises."""
-    try:
-        compiler.check(body.decode())
-        return _encode(Compiled())
-    except CierzoError as error:
-        return _encode(failure(job.stream, error))
 
 
 def _once(stream_id: int, job: Job) -> None:

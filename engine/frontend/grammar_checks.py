@@ -16,8 +16,9 @@ from cierzo.engine.errors import CierzoError, InvalidRequest, Overloaded
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.encoders import Encoder, Late, TooSlow
 from cierzo.engine.frontend.encoding import Compiled
+from cierzo.engine.text.grammar import about
 
-WAIT_S = 60.0  # for the process that compiles
+WAIT_S = 30.0  # for the process that compiles
 DIGEST_BYTES = 16
 
 
@@ -117,14 +118,3 @@ class GrammarChecks:
             what = f"the process that compiles grammars was busy for {WAIT_S:g} s"
             return Overloaded(what, field="max_grammar_s", retry_after_s=self._config.retry_after_s)
         return about(None, error) if isinstance(error, CierzoError) else CierzoError(f"internal error: {error!r}")
-
-
-def about(field: str | None, error: CierzoError) -> CierzoError:
-    """A refusal of a grammar again, as one of this field."""
-    return type(error)(
-        error.message,
-        field=error.field or field,
-        limit=error.limit,
-        value=error.value,
-        retry_after_s=error.retry_after_s,
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.errors import CierzoError, InvalidRequest
 from cierzo.engine.messages import Generate, ModelInfo, Vocabulary
 from cierzo.engine.text.call_rules import SPACE, Rules, call_bodies, marker
 from cierzo.engine.text.grammar_limits import MAX_GRAMMAR_BYTES
@@ -67,6 +67,17 @@ def grammar_of(
 def grammar_field(message: Generate) -> str:
     """The field that a message's grammar comes from, for whoever refuses it."""
     return "tools" if message.grammar is None or must_call(message) else "grammar"
+
+
+def about(field: str | None, error: CierzoError) -> CierzoError:
+    """A refusal of a grammar again, as one of this field."""
+    return type(error)(
+        error.message,
+        field=error.field or field,
+        limit=error.limit,
+        value=error.value,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 class GrammarWriter:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 
-import numpy as np
 from llguidance import LLMatcher
 
 from cierzo.engine.errors import CierzoError, InvalidRequest
-from cierzo.engine.messages import Vocabulary
+from cierzo.engine.messages import Generate, ModelInfo, Vocabulary
 from cierzo.engine.text.call_rules import ARGUMENTS
-from cierzo.engine.text.grammar import OPTIONS
+from cierzo.engine.text.grammar import (
+    OPTIONS,
+    about,
+    asks_for_grammar,
+    grammar_field,
+    grammar_of,
+    vocabulary_of,
+    writer_of,
+)
 from cierzo.engine.text.grammar_limits import (
+    COMPILE_STACK_BYTES,
     INITIAL_LEXER_FUEL,
     MAX_GRAMMAR_SIZE,
     MAX_ITEMS_IN_ROW,
@@ -22,12 +32,14 @@ from cierzo.engine.text.grammar_limits import (
     STEP_MAX_ITEMS,
     parser_limits,
 )
+from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.token_table import grammar_tokenizer
 
 MAX_REASON_CHARS = 300
 _OF_SCHEMA = "failed to compile JSON schema: "
 _OF_PATTERN = "regex parse error:"
 _AT_LINE = re.compile(r"^(?:at )?\d+\(\d+\): ")
+_stack_size = threading.Lock()  # of threads to come: a setting of the whole process
 UNHELD = "no answer can hold the grammar"
 # The limit that a message of llguidance speaks of, by words that are in it.
 _LIMITS = {
@@ -39,6 +51,20 @@ _LIMITS = {
     "fuel": f"{STEP_LEXER_FUEL} units of work",
     "items": f"{STEP_MAX_ITEMS} items",
 }
+
+
+def checked_grammar(prompts: PromptEncoder, model: ModelInfo, message: Generate, *, in_thinking: bool) -> str:
+    """The grammar of the answer to a message, which was compiled; "" where it may be anything. Raises
+    InvalidRequest."""
+    one_call = prompts.call_limit(message) == "one"
+    how = {"in_thinking": in_thinking, "one_call": one_call, "apart": True}
+    grammar = grammar_of(writer_of(prompts, model), message, **how) if asks_for_grammar(message) else ""
+    if grammar and (table := vocabulary_of(prompts, model)) is not None:
+        try:
+            GrammarCompiler(table).check(grammar)
+        except CierzoError as error:
+            raise about(grammar_field(message), error) from error
+    return grammar
 
 
 class GrammarCompiler:
@@ -54,8 +80,11 @@ class GrammarCompiler:
 
         What clients have written is compiled alone, too: that none of it can be held might show behind a thought.
         """
-        for field, leaf in _leaves(grammar):
-            self._check(leaf, field)
+        _on_deep_stack(partial(self._check_all, grammar))
+
+    def _check_all(self, grammar: str) -> None:
+        for field, part in _parts(grammar):
+            self._check(part, field)
         self._check(grammar, None)
 
     def _check(self, grammar: str, field: str | None) -> None:
@@ -72,11 +101,11 @@ class GrammarCompiler:
             raise _failure(raised) from raised
         if error:
             raise _refusal(error, field)
-        if not np.frombuffer(mask, np.uint8).any():
+        if not any(mask):
             raise InvalidRequest(UNHELD, field=field, limit="satisfiable", value="no token may begin it")
 
 
-def _leaves(grammar: str) -> Iterator[tuple[str, str]]:
+def _parts(grammar: str) -> Iterator[tuple[str, str]]:
     """The parts of a grammar that clients have written, each a grammar of its own, by their fields."""
     if grammar.startswith("{"):
         ours, theirs = (each["lark_grammar"] for each in json.loads(grammar)["grammars"])
@@ -90,6 +119,28 @@ def _leaves(grammar: str) -> Iterator[tuple[str, str]]:
         elif name == "held" and ours is grammar:
             terminal = f"\nHELD: {rules['HELD']}" if rule == "HELD" else ""
             yield "grammar.value", f"{OPTIONS}\nstart: {rule}{terminal}"
+
+
+def _on_deep_stack(call: Callable[[], None]) -> None:
+    """Call in a thread whose stack is deep enough for any grammar of a size that is allowed."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    with _stack_size:
+        before = threading.stack_size(COMPILE_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=run, name="grammar check")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def _refusal(error: str, field: str | None) -> InvalidRequest:

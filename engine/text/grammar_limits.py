@@ -15,7 +15,10 @@ INITIAL_LEXER_FUEL = 1_000_000
 STEP_LEXER_FUEL = 100_000
 STEP_MAX_ITEMS = 20_000
 MAX_LEXER_STATES = 50_000
-MAX_GRAMMAR_SIZE = 20_000  # symbols
+MAX_GRAMMAR_SIZE = 10_000  # symbols: what follows a token may take as long as so many items in a row
+COMPILE_STACK_BYTES = (
+    128 * 1024 * 1024
+)  # the compiler calls itself for each rule within a rule; less than the core has
 
 
 def parser_limits() -> LLParserLimits:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cierzo.engine.messages import Vocabulary
 from cierzo.engine.text import vocabulary as words
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+
+_kept: dict[int, tuple[Vocabulary, LLTokenizer]] = {}  # by the id of the table, which lives as long
 
 
 @lru_cache(maxsize=1)
@@ -28,14 +30,21 @@ def grammar_tokenizer(table: Vocabulary) -> LLTokenizer:
     """llguidance's tokenizer of a table, whose masks are as long as its `tokens`. For 131,072 tokens it takes half
     a second, all of it with the interpreter's lock: nothing else of the process goes on. And 50 MB.
 
-    A control token is in no text: a grammar has it by its id, as in `<[5]>`. A token without bytes that is none is
+    The last one is kept for whoever asks for it again: its users only read it. A control token is in no text: a
+    grammar has it by its id, as in `<[5]>`. A token without bytes that is none is
     in no mask. Raises ValueError for a table without a token that ends an answer.
     """
     from llguidance import LLTokenizer
 
     if not table.eos_token_ids:
         raise ValueError("grammars need a token that ends an answer")
-    return LLTokenizer(_Tokens(table), n_vocab=len(table.tokens), eos_token=table.eos_token_ids)  # type: ignore[arg-type]
+    if (kept := _kept.get(id(table))) is not None:
+        return kept[1]
+    tokens: Any = _Tokens(table)
+    tokenizer = LLTokenizer(tokens, n_vocab=len(table.tokens), eos_token=table.eos_token_ids)
+    _kept.clear()
+    _kept[id(table)] = table, tokenizer
+    return tokenizer
 
 
 class _Tokens:
