@@ -86,6 +86,7 @@ class Frontend:
             *(config, model, prompts, encoders, self.tenancy, self.streams, self.core),
             *(self.keeper, self._readers, self.outlets, self.heap, self, clock),
         )
+        self.grammars = self._arrivals.grammars
         self.words = Words(config, model, prompts, encoders, self.tenancy, self.streams, clock)
         self._cancels = CancelLimiter(config, clock)
         self._clock = clock

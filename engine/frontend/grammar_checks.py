@@ -72,7 +72,7 @@ class GrammarChecks:
             answer.add_done_callback(lambda _: self._done(digest, compiling))
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         compiling.waiters.append(waiter)
-        waiter.add_done_callback(lambda _: self._left(compiling))
+        waiter.add_done_callback(lambda _: self._left(digest, compiling))
         return waiter
 
     def close(self) -> None:
@@ -80,9 +80,10 @@ class GrammarChecks:
         for compiling in [*self._compiling.values()]:
             compiling.answer.cancel()
 
-    def _left(self, compiling: _Compiling) -> None:
+    def _left(self, digest: bytes, compiling: _Compiling) -> None:
         """A request has its answer, or does not wait any more; the grammar that nobody waits for is dropped."""
         if not compiling.answer.done() and all(waiter.done() for waiter in compiling.waiters):
+            del self._compiling[digest]  # at once: who asks for it now must not wait for what is cancelled
             compiling.answer.cancel()
 
     def _done(self, digest: bytes, compiling: _Compiling) -> None:

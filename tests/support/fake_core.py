@@ -11,7 +11,7 @@ from typing import cast
 import msgspec
 
 from cierzo.engine.frontend.frames import FrameSplitter, pack
-from cierzo.engine.messages import Abort, CoreCommand, CoreError, Message, Ready, Shutdown, Submit
+from cierzo.engine.messages import Abort, CoreCommand, CoreError, Message, Ready, Shutdown, Submit, Vocabulary
 from cierzo.engine.testing import fake_core
 from cierzo.engine.testing.fake_core import Answer, plain_answer
 
@@ -38,6 +38,7 @@ class FakeCore(asyncio.Protocol, fake_core.FakeCore):
         self.owner = owner
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.hello: bytes | None = None
+        self.vocabulary: Vocabulary | None = None
         self.splitter = FrameSplitter(1 << 30)
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
@@ -80,6 +81,9 @@ class FakeCore(asyncio.Protocol, fake_core.FakeCore):
             command = msgspec.msgpack.decode(body, type=CoreCommand)
             if isinstance(command, Submit):
                 self.take(command)
+            elif isinstance(command, Vocabulary):
+                assert not self.submits, "it takes half a second, in which nothing else goes on"
+                self.vocabulary = command
             elif isinstance(command, Abort):
                 self.abort(command)
             elif isinstance(command, Shutdown) and self.transport is not None:

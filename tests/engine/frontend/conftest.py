@@ -38,6 +38,7 @@ from cierzo.engine.messages import (
     Ping,
     Pong,
     ServerMessage,
+    Vocabulary,
     Welcome,
 )
 from cierzo.engine.testing.local_encoders import local_encoders
@@ -99,6 +100,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         spawn: Spawn | None = None,
         flights: Flights | None = None,
         encoders: Encoders | None = None,
+        vocabulary: Vocabulary | None = None,
         **limits: Any,
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
@@ -106,7 +108,7 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         model = fake_model(has_tokenizer=text, has_chat_template=text)
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
-        link = CoreLink(config, engine_config, spawn or cores, flights=flights, **clocks)
+        link = CoreLink(config, engine_config, spawn or cores, flights=flights, vocabulary=vocabulary, **clocks)
         pool = encoders or local_encoders(encoder, config, model)
         frontend = Frontend(config, model, encoder, link, pool, **clocks)
         server = RpcServer(config, frontend)
