@@ -327,10 +327,7 @@ def test_rules_within_rules_are_compiled_on_a_deep_stack(run, setup):
         names = {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(3000)}
         schema = {"$defs": names | {"d3000": {}}, "$ref": "#/$defs/d0"}
         try:
-            for grammar in (
-                Grammar(kind="lark", value=chain),
-                Grammar(kind="json_schema", value=json.dumps(schema)),
-            ):
+            for kind, value in (("lark", chain), ("json_schema", json.dumps(schema))):
                 try:
                     await encoders.compile(written(Grammar(kind=kind, value=value)), FAR)
                 except InvalidRequest as error:
