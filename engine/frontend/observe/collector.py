@@ -106,6 +106,10 @@ class Collector:
     def _requests(self) -> Iterator[Metric]:
         frontend, observer = self._frontend, self._frontend.observer
         yield CounterMetricFamily("cierzo_accepted", "Requests that were accepted.", frontend.counters.accepted)
+        counts = frontend.grammars.counts
+        outcomes = [("compiled", counts.compiled), ("known", counts.known), ("refused", counts.refused)]
+        text = "Requests with a grammar: compiled for it, known from before, or refused."
+        yield _labelled(CounterMetricFamily, "cierzo_grammars", text, "outcome", outcomes)
         text = "Requests that were refused: error code, the limit that was met, and whether it is the tenant's own."
         refused = CounterMetricFamily("cierzo_refused", text, labels=["code", "limit", "whose"])
         for labels, count in observer.refusals.items():
