@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLMatcher
+from msgspec.structs import replace
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, Grammar, Tool
@@ -117,6 +118,14 @@ def test_a_thought_comes_first_where_the_effort_lets_the_model_think():
     assert held(["a", END_THINK, "{}"], ask(JSON), in_thinking=True) == "ends"
     assert held(["{}"], ask(JSON), in_thinking=True) == "open"
     assert held([THINK], ask(JSON), None) == f"no {THINK}"
+
+
+def test_no_control_token_is_part_of_a_thought_even_if_it_has_a_text():
+    table = replace(TABLE, tokens=[*TABLE.tokens[:-1], b"<call>"], control_ids=[*TABLE.control_ids, VOCAB - 1])
+    tokenizer = grammar_tokenizer(table)
+    grammar = GrammarWriter(table, SMALL4).write(ask(JSON), in_thinking=True, one_call=False, apart=True)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+    assert allowed(matcher) == {*range(256), END_THINK}
 
 
 def test_tags_of_a_thought_are_spelled_and_behind_them_json_may_have_spaces():
