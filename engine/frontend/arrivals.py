@@ -105,6 +105,7 @@ class Arrivals:
         self._encoders = encoders
         self.grammars = GrammarChecks(config, encoders, clock)
         self._encoding: dict[int, asyncio.Future[Any]] = {}  # of prompts, and then grammars, by request id
+        self._grammar_bytes: dict[int, int] = {}  # of open requests, by id: a new core gets them again
         self._attachments = Attachments(config, encoders.budget, clock, self._attachment_expired)
         self._tenancy = tenancy
         self._streams = streams
@@ -194,7 +195,8 @@ class Arrivals:
         self._attachments.disconnect(sink)
 
     def ended(self, stream: Stream) -> None:
-        """A stream has ended: its prompt is not wanted any more."""
+        """A stream has ended: its prompt and its grammar are not wanted any more."""
+        self._encoders.budget.give(self._grammar_bytes.pop(stream.request_id, 0), stream.tenant.name)
         if (future := self._encoding.pop(stream.request_id, None)) is not None:
             future.cancel()
 
@@ -358,6 +360,9 @@ class Arrivals:
         stream.sampling, stream.in_thinking, stream.calls = submit.sampling, encoded.in_thinking, encoded.calls
         stream.num_prompt_tokens = encoded.num_prompt_tokens
         readers = [self._reader(stream, encoded, sample) for sample in range(stream.num_samples)]
+        if submit.grammar:
+            self._encoders.budget.take(len(submit.grammar), stream.tenant.name)
+            self._grammar_bytes[stream.request_id] = len(submit.grammar)
         stream.start(submit, encoded.num_prompt_tokens, readers, encoded.states)
         self._streams.charge(stream, num_tokens)
         self._owner.counters.accepted += 1

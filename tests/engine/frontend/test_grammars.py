@@ -121,6 +121,7 @@ def test_a_new_core_gets_the_grammar_again(run, marking, cores):
             generation = client.generate(text="a", grammar=CHOICE, max_tokens=6, seed=1, n=2)
             await cores.until(lambda: cores.now.submits)
             first = cores.now
+            assert house.frontend.budget.num_bytes == len(first.submits[0].grammar)
             first.step()
             await client.ping()
             first.kill()
@@ -130,6 +131,7 @@ def test_a_new_core_gets_the_grammar_again(run, marking, cores):
             async for _ in generation:
                 pass
             assert house.frontend.grammars.counts.compiled == 1
+            assert house.frontend.budget.num_bytes == 0
 
     run(body())
 
