@@ -30,7 +30,6 @@ _LARK = re.compile(
     r"|(?P<ours><|%llguidance\b|@)|(?P<open>[({\[])|(?P<close>[)}\]])"
 )
 _BRACKETS = re.compile(r'"(?:\\.|[^"\\])*"|(?P<open>[{\[])|(?P<close>[}\]])')
-_UNPRINTED = re.compile("[\x7f-\x9f]")
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -80,8 +79,8 @@ def json_rule(schema: str, field: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as Lark writes it."""
-    return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text))
+    """A text as Lark writes it: in ASCII, as its strings have no control characters."""
+    return json.dumps(text)
 
 
 def _choice(value: str | list[str], field: str) -> dict[str, str]:
