@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,9 +22,10 @@ from cierzo.engine.frontend.encoding import Compiled, Job, Loaded, RequestEncode
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import LENGTH_BYTES
 from cierzo.engine.log_lines import plain_lines
+from cierzo.engine.messages import Message
 from cierzo.engine.server_process import end_with_parent
 from cierzo.engine.text.grammar import vocabulary_of
-from cierzo.engine.text.grammar_check import GrammarCompiler
+from cierzo.engine.text.grammar_check import GrammarCompiler, on_deep_stack
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -52,28 +54,30 @@ def run(socket_path: str) -> int:
         except CierzoError as error:
             _write(connection, [msgspec.msgpack.encode(failure(0, error))])
             return 1
-        table = vocabulary_of(prompts, setup.model) if setup.compiles else None
-        compiler = None if table is None else GrammarCompiler(table)
+        if setup.compiles and (table := vocabulary_of(prompts, setup.model)) is not None:
+            on_deep_stack(partial(_compile, connection, incoming, GrammarCompiler(table)))
+            return 0
         encoder = RequestEncoder(prompts, setup.frontend, setup.model)
         _write(connection, [msgspec.msgpack.encode(Loaded())])
         while True:
             job = msgspec.msgpack.decode(_read(incoming), type=Job)
             body = _read(incoming)
-            if compiler is not None:
-                _write(connection, [_compile_answer(compiler, job, body)])
-                continue
             attached = _read(incoming) if job.has_attached else None
             _write(connection, encoder.answer(job, body, attached))
     return 0
 
 
-def _compile_answer(compiler: GrammarCompiler, job: Job, body: bytes | bytearray) -> bytes:
-    """The frame of the answer to a grammar. Never raises."""
-    try:
-        compiler.check(body.decode())
-        return msgspec.msgpack.encode(Compiled())
-    except CierzoError as error:
-        return msgspec.msgpack.encode(failure(job.stream, error))
+def _compile(connection: socket.socket, incoming: BinaryIO, compiler: GrammarCompiler) -> None:
+    """Say that grammars can come, and compile them. Raises EOFError at the end."""
+    answer: Message = Loaded()
+    while True:
+        _write(connection, [msgspec.msgpack.encode(answer)])
+        job = msgspec.msgpack.decode(_read(incoming), type=Job)
+        try:
+            compiler.check(_read(incoming).decode())
+            answer = Compiled()
+        except CierzoError as error:
+            answer = failure(job.stream, error)
 
 
 def _read(incoming: BinaryIO) -> bytes:

@@ -18,7 +18,7 @@ from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.tenants import DEFAULT
 from cierzo.engine.messages import ModelInfo, Worded
 from cierzo.engine.text.grammar import vocabulary_of
-from cierzo.engine.text.grammar_check import GrammarCompiler
+from cierzo.engine.text.grammar_check import GrammarCompiler, on_deep_stack
 from cierzo.engine.text.prompt import PromptEncoder
 
 
@@ -67,7 +67,7 @@ class LocalEncoders:
             return
         try:
             if job.method == COMPILE:
-                self._compiler.check(body.decode())
+                on_deep_stack(partial(self._compiler.check, body.decode()))
                 future.set_result(Compiled())
                 return
             if job.method != "generate":

@@ -61,7 +61,7 @@ def checked_grammar(prompts: PromptEncoder, model: ModelInfo, message: Generate,
     grammar = grammar_of(writer_of(prompts, model), message, **how) if asks_for_grammar(message) else ""
     if grammar and (table := vocabulary_of(prompts, model)) is not None:
         try:
-            GrammarCompiler(table).check(grammar)
+            on_deep_stack(partial(GrammarCompiler(table).check, grammar))
         except CierzoError as error:
             raise about(grammar_field(message), error) from error
     return grammar
@@ -75,14 +75,12 @@ class GrammarCompiler:
         self._limits = parser_limits()
 
     def check(self, grammar: str) -> None:
-        """Compile a grammar and make its first mask. Raises InvalidRequest, with a field where that can be told,
-        where it is none, or passes a limit, or no answer can hold it; CierzoError where llguidance itself fails.
+        """Compile a grammar and make its first mask: for a caller who is called by `on_deep_stack`. Raises
+        InvalidRequest, with a field where that can be told, where it is none, or passes a limit, or no answer can
+        hold it; CierzoError where llguidance itself fails.
 
         What clients have written is compiled alone, too: that none of it can be held might show behind a thought.
         """
-        _on_deep_stack(partial(self._check_all, grammar))
-
-    def _check_all(self, grammar: str) -> None:
         for field, part in _parts(grammar):
             self._check(part, field)
         self._check(grammar, None)
@@ -112,7 +110,7 @@ def _parts(grammar: str) -> Iterator[tuple[str, str]]:
         yield "grammar.value", f"{OPTIONS}\n{theirs}"
     else:
         ours = grammar
-    rules = dict(line.partition(": ")[::2] for line in ours.splitlines())
+    rules = dict(line.partition(": ")[::2] for line in ours.split("\n"))
     for name, rule in rules.items():
         if name.startswith(ARGUMENTS):
             yield f"tools[{name.removeprefix(ARGUMENTS)}].parameters", f"{OPTIONS}\nstart: {rule}"
@@ -121,8 +119,8 @@ def _parts(grammar: str) -> Iterator[tuple[str, str]]:
             yield "grammar.value", f"{OPTIONS}\nstart: {rule}{terminal}"
 
 
-def _on_deep_stack(call: Callable[[], None]) -> None:
-    """Call in a thread whose stack is deep enough for any grammar of a size that is allowed."""
+def on_deep_stack(call: Callable[[], None]) -> None:
+    """Call in a thread whose stack is deep enough to compile any grammar of a size that is allowed."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -134,7 +132,7 @@ def _on_deep_stack(call: Callable[[], None]) -> None:
     with _stack_size:
         before = threading.stack_size(COMPILE_STACK_BYTES)
         try:
-            thread = threading.Thread(target=run, name="grammar check")
+            thread = threading.Thread(target=run, name="grammars")
             thread.start()
         finally:
             threading.stack_size(before)

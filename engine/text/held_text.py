@@ -30,6 +30,7 @@ _LARK = re.compile(
     r"|(?P<ours><|%llguidance\b|@)|(?P<open>[({\[])|(?P<close>[)}\]])"
 )
 _BRACKETS = re.compile(r'"(?:\\.|[^"\\])*"|(?P<open>[{\[])|(?P<close>[}\]])')
+_SPACES = dict.fromkeys(map(ord, "\t\n\r"), " ")  # which JSON has between its signs alone: a rule is one line
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -74,7 +75,7 @@ def json_rule(schema: str, field: str) -> str:
         what = f"{field} has {OPTIONS_KEY}: a schema cannot set the options of its compiler"
         raise InvalidRequest(what, field=field, limit=f"without {OPTIONS_KEY}", value=OPTIONS_KEY)
     refuse_unheld(decoded, field)
-    inner = schema.strip()[1:]
+    inner = schema.translate(_SPACES).strip()[1:]
     return f'%json {{"{OPTIONS_KEY}":{_JSON_OPTIONS}{"," if decoded else ""}{inner}'
 
 

@@ -81,6 +81,7 @@ JSON = Grammar(kind="json_object")
         (Grammar(kind="json_schema", value='{"type": "array"}'), "[1, {}]", "ends"),
         (Grammar(kind="json_schema", value=" true "), "17", "ends"),
         (Grammar(kind="json_schema", value="{ }"), '"a"', "ends"),
+        (Grammar(kind="json_schema", value='{\r\n\t"const":\n"a\u2028b\x85"\n}\n'), '"a\u2028b\x85"', "ends"),
         (Grammar(kind="json_schema", value='{"const": "é\\u2028\\"</s>"}'), '"é\u2028\\"</s>"', "ends"),
         (Grammar(kind="regex", value=r"(ab)+/\d{2}"), "abab/07", "ends"),
         (Grammar(kind="regex", value=r"(ab)+/\d{2}"), "abab/x", "no x"),
@@ -211,6 +212,7 @@ def test_other_syntaxes_with_text():
     ("grammar", "field", "words"),
     [
         (Grammar(kind="json_schema", value="{"), "grammar.value", "no JSON"),
+        (Grammar(kind="json_schema", value='{"const": "a\n"}'), "grammar.value", "no JSON"),
         (Grammar(kind="json_schema", value="[" * 10_000), "grammar.value", "100 brackets"),
         (Grammar(kind="json_schema", value='{"a":' * 10_000 + "1" + "}" * 10_000), "grammar.value", "100 brackets"),
         (Grammar(kind="json_schema", value="false"), "grammar.value", "no schema"),
