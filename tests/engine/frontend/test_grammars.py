@@ -237,6 +237,31 @@ def test_what_is_known_has_a_limit_and_what_was_too_slow_once_is_tried_again(run
     run(body())
 
 
+def test_a_request_that_ends_while_its_grammar_is_compiled_leaves_nothing(run, marking, cores, compilers):
+    async def body():
+        async with marking() as house, await Client.connect(house.address) as client:
+            house.frontend.grammars._encoders = compilers
+            late = client.generate(text="a", grammar=CHOICE, deadline_s=0.3)
+            cancelled = client.generate(text="a", grammar=CHOICE)
+            other = client.generate(text="a", grammar={"kind": "json_object"})
+            await client.ping()
+            assert [len(compilers.asked), house.frontend.budget.num_bytes > 0] == [2, True]
+            cancelled.cancel()
+            other.cancel()
+            for generation in (late, cancelled, other):
+                async for _ in generation:
+                    pass
+            reasons = [generation.final.samples[0].finish_reason for generation in (late, cancelled, other)]
+            assert reasons == ["deadline", "cancelled", "cancelled"]
+            assert all(asked.cancelled() for asked in compilers.asked)
+            assert (house.frontend.budget.num_bytes, cores.now.submits) == (0, [])
+            _open_at_the_end = client.generate(text="a", grammar=CHOICE)
+            await client.ping()
+            assert len(compilers.asked) == 3
+
+    run(body())
+
+
 # --- processes ---------------------------------------------------------------------------------------------
 
 
