@@ -150,6 +150,10 @@ class ChatTemplate:
         usual = [word for word in USUAL_EFFORTS if self._knows(word, other)]
         return (*usual, *(word for word in OTHER_EFFORTS if self._names(word) and self._knows(word, other)))
 
+    def differs_unasked(self, effort: str) -> bool:
+        """Whether a prompt of this effort is another one than where none is said."""
+        return self._with_effort(effort) != self._with_effort(None)
+
     def _knows(self, effort: str, other: str | None) -> bool:
         text = self._with_effort(effort)
         is_switch = not self._variables.isdisjoint(THOUGHT_SWITCHES)
@@ -158,7 +162,7 @@ class ChatTemplate:
     def _names(self, effort: str) -> bool:
         return f"'{effort}'" in self.source or f'"{effort}"' in self.source
 
-    def _with_effort(self, effort: str) -> str | None:
+    def _with_effort(self, effort: str | None) -> str | None:
         try:
             return self.render([ChatMessage(role="user", content="Hi")], effort)
         except InvalidRequest:

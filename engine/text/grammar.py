@@ -48,7 +48,8 @@ def vocabulary_of(prompts: PromptEncoder, model: ModelInfo) -> Vocabulary | None
 def writer_of(prompts: PromptEncoder, model: ModelInfo) -> GrammarWriter | None:
     """Writer of the grammars of a served model; None if it can have none."""
     table = vocabulary_of(prompts, model)
-    return None if table is None else GrammarWriter(table, prompts.syntax)
+    thinks_unasked = prompts.template is None or prompts.template.thinks_unasked
+    return None if table is None else GrammarWriter(table, prompts.syntax, thinks_unasked=thinks_unasked)
 
 
 def grammar_of(
@@ -83,8 +84,10 @@ def about(field: str | None, error: CierzoError) -> CierzoError:
 class GrammarWriter:
     """Writes the grammars of answers of one model."""
 
-    def __init__(self, table: Vocabulary, syntax: Syntax | None) -> None:
+    def __init__(self, table: Vocabulary, syntax: Syntax | None, *, thinks_unasked: bool = True) -> None:
+        """thinks_unasked: the model may think where no effort is said."""
         self._syntax = syntax
+        self._thinks_unasked = thinks_unasked
         silent = {token_id for token_id, token in enumerate(table.tokens) if not token}
         self._text_token = f"<[^{_ranges(silent.union(table.control_ids, table.eos_token_ids))}]>"
 
@@ -119,10 +122,13 @@ class GrammarWriter:
         return text
 
     def _may_think(self, message: Generate, *, apart: bool) -> bool:
-        """Whether an answer may begin with a thought: in a conversation, unless its effort says that there is none.
-        Where thoughts would be read as text, only if its effort says that there is one."""
-        is_told = message.reasoning_effort is not None or apart
-        return message.messages is not None and is_told and message.reasoning_effort != "none"
+        """Whether an answer may begin with a thought: in a conversation, where its effort lets the model think.
+        Where thoughts would be read as text, only if an effort is said."""
+        if message.messages is None:
+            return False
+        if message.reasoning_effort is None:
+            return apart and self._thinks_unasked
+        return message.reasoning_effort != "none"
 
     def _thought(self, rules: Rules, *, in_thinking: bool, may_think: bool, spaced: bool) -> str:
         """Part of an answer before its body: a thought, none, or either as the model likes. spaced: a body of that

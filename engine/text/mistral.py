@@ -74,6 +74,7 @@ class MistralChat:
         self._rules = Rules(number, thinkers if thinks or spells else (), (*special_ids, *tags), tags)
         efforts = None if builder is None else builder.reasoning_effort
         self.efforts = () if efforts is None else tuple(ReasoningEffort(value).value for value in efforts.values)
+        self.thinks_unasked = efforts is None or efforts.default != ReasoningEffort.none
         self._validator = get_validator(inner.version, ValidationMode.test)
         self._normalizer = get_normalizer(inner.version, builder)
         self._writer = _WRITERS[inner.version](inner)

@@ -43,6 +43,7 @@ class TemplateChat:
         self._takes_calls = takes_calls
         self.takes_one_call = self._tools_template.takes_one_call
         self.efforts = template.efforts()
+        self.thinks_unasked = "none" not in self.efforts or template.differs_unasked("none")
         self._tokenizer = tokenizer
         self._breaker = Breaker(tokenizer.control_ids, template.literals | self._tools_template.literals)
 

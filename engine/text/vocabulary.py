@@ -54,9 +54,11 @@ class Vocabulary(TokenSizes, Protocol):
 
 
 class Chat(Protocol):
-    """Prompts of conversations. `efforts`: what `reasoning_effort` may say."""
+    """Prompts of conversations. `efforts`: what `reasoning_effort` may say; `thinks_unasked`: where it says
+    nothing, the model may think."""
 
     efforts: tuple[str, ...]
+    thinks_unasked: bool
 
     def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in

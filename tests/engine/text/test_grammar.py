@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLMatcher
+from mistral_speakers import speaker
 from msgspec.structs import replace
 
 from cierzo.engine.errors import InvalidRequest
@@ -119,6 +120,19 @@ def test_a_thought_comes_first_where_the_effort_lets_the_model_think():
     assert held(["a", END_THINK, "{}"], ask(JSON), in_thinking=True) == "ends"
     assert held(["{}"], ask(JSON), in_thinking=True) == "open"
     assert held([THINK], ask(JSON), None) == f"no {THINK}"
+
+
+def test_a_model_that_does_not_think_unasked_has_no_thought_unless_an_effort_is_said():
+    """Mistral's tokenizer of v15 says so, and of a chat template what it writes."""
+    writer = GrammarWriter(TABLE, SMALL4, thinks_unasked=False)
+    how = {"in_thinking": False, "one_call": False, "apart": True}
+    assert "thought_rest" not in writer.write(ask(JSON), **how)
+    assert "thought_rest" in writer.write(ask(JSON, reasoning_effort="high"), **how)
+    assert "thought_rest" in writer.write(ask(JSON), **how | {"in_thinking": True})
+    assert [speaker(version).chat.thinks_unasked for version in ("v15", "v13")] == [False, True]
+    says = "{% if reasoning_effort is defined and reasoning_effort != 'none' %}[{{ reasoning_effort }}]{% endif %}"
+    for template, thinks in ((says, False), (f"{says}{{{{ reasoning_effort }}}}", True), ("a", True)):
+        assert marked_prompts(template).template.thinks_unasked == thinks  # type: ignore[union-attr]
 
 
 def test_no_control_token_is_part_of_a_thought_even_if_it_has_a_text():
