@@ -8,6 +8,7 @@ go on to the core as they are, and the front end never looks at them.
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import Any, cast
 
 import msgspec
@@ -20,7 +21,7 @@ from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.frontend.wording import DECODERS, Wording, prompt_of
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit, Tokenize, Worded
-from cierzo.engine.text.grammar import grammar_field, grammar_of, writer_of
+from cierzo.engine.text.grammar import GrammarWriter, grammar_field, grammar_of, writer_of
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
@@ -97,7 +98,11 @@ class RequestEncoder:
         self._config = config
         self._model = model
         self._wording = Wording(prompts, config, model)
-        self._grammars = writer_of(prompts, model)
+
+    @cached_property
+    def _grammars(self) -> GrammarWriter | None:
+        """Made with the first grammar: the bytes of all tokens take a process of its own half a second to find."""
+        return writer_of(self._prompts, self._model)
 
     def answer(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> list[bytes]:
         """The frames of the answer. Never raises."""

@@ -153,7 +153,7 @@ class GrammarWriter:
         """Bodies that hold calls. Raises InvalidRequest where the model marks none."""
         choice, syntax = message.tool_choice, self._syntax
         if syntax is None or not syntax.marks_calls:
-            if message.grammar is not None:
+            if message.grammar is not None and not must_call(message):
                 return []
             what = "the served model marks no calls, so that none can be made sure of"
             field = "tool_choice" if must_call(message) else "tools.strict"

@@ -312,7 +312,12 @@ def test_a_tool_with_a_schema_that_is_none_is_named():
 
 def test_what_the_served_model_lacks_is_named():
     for syntax in (None, Syntax(spelled=THINK_TAGS)):
-        for fields, field in (({"tool_choice": "required"}, "tool_choice"), ({}, "tools")):
+        required = {"tool_choice": "required"}
+        for fields, field in (
+            (required, "tool_choice"),
+            (required | {"grammar": JSON}, "tool_choice"),
+            ({}, "tools"),
+        ):
             with pytest.raises(InvalidRequest, match="marks no calls") as caught:
                 written(ask(tools=TOOLS, **fields), syntax)
             assert caught.value.field.startswith(field)
