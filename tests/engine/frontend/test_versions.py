@@ -51,7 +51,7 @@ FEATURE_FIELDS = {
     "Final": {"cost", "prompt_logprobs"},
     "Health": {"startup", "live", "ready", "notes"},
     "Delta": {"parts", "prompt_logprobs"},
-    "SampleEnd": {"parts", "broken_calls"},
+    "SampleEnd": {"parts", "broken_calls", "incomplete"},
     "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},
 }
 REMOVED = {"CoreStats": set(CoreStats.__struct_fields__) - set(VERSION_2["CoreStats"].split())}
