@@ -134,9 +134,10 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_torch("blocks", "copy_blocks", "gather_blocks", "scatter_blocks", exact=True),
     *_cuda("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),
     *_cuda("sampling", "log_probabilities", "top_tokens"),
-    *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens"),
+    *_cuda("masks", "mask_bits"),
+    *_native("sampling", "apply_penalties", "peaks", "draw", "log_probabilities", "top_tokens", "mask_bits"),
     *_torch("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw", exact=True),
-    *_torch("sampling", "log_probabilities", "top_tokens", exact=True),
+    *_torch("sampling", "log_probabilities", "top_tokens", "mask_bits", exact=True),
     *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
     _composed(
         "mla_block",

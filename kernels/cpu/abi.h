@@ -289,6 +289,14 @@ struct PenaltiesArgs {  // apply_penalties
     int64_t* wrong;                // increased by the number of entries outside the logits
 };
 
+struct MaskBitsArgs {
+    float* logits;
+    int64_t rows, vocab, stride, entries;
+    const int64_t* at_rows;  // [entries]
+    const uint32_t* bits;    // [entries, ceil(vocab / 32)]: bit i % 32 of word i / 32 is 1 where token i stays
+    int64_t* wrong;          // increased by the number of entries outside the logits
+};
+
 // --- the halves of a decoder layer (block.h) ---
 
 struct BlockInput {

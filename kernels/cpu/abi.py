@@ -229,6 +229,12 @@ class PenaltiesArgs(ctypes.Structure):
     )
 
 
+class MaskBitsArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields("p: logits | i64: rows vocab stride entries | p: at_rows bits wrong")
+
+
 class BlockInput(ctypes.Structure):
     """As in abi.h."""
 

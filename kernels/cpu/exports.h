@@ -11,6 +11,7 @@
 #include "latents.h"
 #include "mla_decode.h"
 #include "mla_prefill.h"
+#include "mask.h"
 #include "memory.h"
 #include "microkernels.h"
 #include "norm.h"
@@ -50,6 +51,7 @@ EXPORT_LIGHT(log_probabilities, LogProbabilitiesArgs, log_probabilities, (args->
 EXPORT_LIGHT(top_tokens, TopTokensArgs, top_tokens, (args->rows - 1) * args->vocab)
 EXPORT_LIGHT(draw, DrawArgs, draw, (args->rows - 1) * args->vocab)
 EXPORT_LIGHT(apply_penalties, PenaltiesArgs, apply_penalties, args->entries)
+EXPORT_LIGHT(mask_bits, MaskBitsArgs, mask_bits, args->entries * args->vocab)
 EXPORT(mla_prefill, MlaPrefillArgs, mla_prefill)
 EXPORT(gqa_prefill, GqaArgs, gqa_prefill)
 EXPORT(read_memory, ReadMemoryArgs, read_memory)

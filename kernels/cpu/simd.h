@@ -138,6 +138,9 @@ INLINE uint32_t unordered(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _C
 INLINE __m256 lower_half(F32 a) { return _mm512_castps512_ps256(a.v); }
 INLINE __m256 upper_half(F32 a) { return _mm512_extractf32x8_ps(a.v, 1); }
 
+INLINE void store_where_clear(float* p, F32 a, uint32_t bits) {  // lane i where bit i is 0
+    _mm512_mask_storeu_ps(p, __mmask16(~bits), a.v);
+}
 INLINE Bits load_bits(const void* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_bits(void* p, Bits a) { _mm512_storeu_si512(p, a.v); }
 INLINE Bits zero_bits() { return {_mm512_setzero_si512()}; }
@@ -314,6 +317,13 @@ INLINE uint32_t unordered(F32 a, F32 b) {
     return mask16(_mm256_cmp_ps(a.lo, b.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, b.hi, _CMP_UNORD_Q));
 }
 
+INLINE void store_where_clear(float* p, F32 a, uint32_t bits) {  // lane i where bit i is 0
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i lo = _mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes);
+    const __m256i hi = _mm256_and_si256(_mm256_set1_epi32(int(bits >> 8)), lanes);
+    _mm256_maskstore_ps(p, _mm256_cmpeq_epi32(lo, _mm256_setzero_si256()), a.lo);
+    _mm256_maskstore_ps(p + 8, _mm256_cmpeq_epi32(hi, _mm256_setzero_si256()), a.hi);
+}
 INLINE Bits load_bits(const void* p) {
     const __m256i* half = static_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};

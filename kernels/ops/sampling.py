@@ -7,7 +7,8 @@ Order of operations on one row, each skipped where its parameter is off:
  1. log-probabilities are taken from the raw logits (`log_probabilities`), before anything else;
  2. logit bias is added (`add_bias`);
  3. penalties (`apply_penalties`): repetition, then frequency, then presence;
- 4. what may not be chosen is masked (`mask_tokens`), such as tokens that would stop before `min_tokens` are out;
+ 4. what may not be chosen is masked: by a set of what may (`mask_bits`), as a grammar gives it, or token by token
+    (`mask_tokens`), such as tokens that would stop before `min_tokens` are out;
  5. temperature 0: the largest logit, ties to the lower id (`peaks`). Otherwise `draw`: divide by the temperature,
     top-k, top-p among what top-k left, min-p, Gumbel noise, the largest sum, ties to the lower id.
 
@@ -69,6 +70,21 @@ def mask_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     check.sizes("mask_tokens", logits=(logits, "M N"), rows=(rows, "J"), token_ids=(token_ids, "J"))
     check.dtype("mask_tokens", torch.float32, logits=logits)
     bound.mask_tokens(logits, rows, token_ids)
+
+
+def mask_bits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """logits[rows[g], id] = -inf where bit id of set g is 0, in place.
+
+    logits fp32 [M,N]; rows int64 [G]; bits int32 [G, ceil(N/32)]: token id has bit id % 32, from the lowest, of word
+    id // 32. Bits behind the last token mean nothing. G may be 0.
+    """
+    named = check.sizes("mask_bits", logits=(logits, "M N"), rows=(rows, "G"), bits=(bits, "G W"))
+    check.dtype("mask_bits", torch.float32, logits=logits)
+    check.dtype("mask_bits", torch.int32, bits=bits)
+    check.dtype("mask_bits", torch.int64, rows=rows)
+    words = -(-named["N"] // 32)
+    check.require("mask_bits", named["W"] == words, f"sets have {named['W']} words, N = {named['N']} needs {words}")
+    bound.mask_bits(logits, rows, bits)
 
 
 def peaks(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,13 @@ def mask_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     logits[rows, token_ids] = -math.inf
 
 
+def mask_bits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """See `ops.sampling.mask_bits`."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    held = (bits[:, :, None] >> places & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill_(~held, -math.inf)
+
+
 # --- choosing tokens ---------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,19 @@ def apply_penalties(
     check.require("apply_penalties", count == 0, f"{count} entries lie outside logits {list(logits.shape)}")
 
 
+def mask_bits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """See ops/sampling.py."""
+    rows, bits = rows.contiguous(), bits.contiguous()
+    contiguous = logits.stride(1) == 1
+    check.require("mask_bits", contiguous, f"logits are edited in place, but have strides {logits.stride()}")
+    wrong = ctypes.c_int64()
+    pointers = (rows.data_ptr(), bits.data_ptr(), ctypes.addressof(wrong))
+    args = abi.MaskBitsArgs(logits.data_ptr(), *logits.shape, logits.stride(0), rows.numel(), *pointers)
+    native.call("mask_bits", args)
+    count = wrong.value
+    check.require("mask_bits", count == 0, f"{count} rows lie outside logits {list(logits.shape)}")
+
+
 def peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
     """See ops/sampling.py."""
     logits = rows(logits)
