@@ -7,7 +7,7 @@ and a resumed stream are all `SeqPlan(start, token_ids)`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -15,16 +15,28 @@ from cierzo.scheduler.cost import StepWork
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
+GrammarState = Literal["open", "may end", "ended"]  # what a grammar says of an output
 RequestKey = tuple[int, int]  # (request id, sample index); one running sequence each
 ENTRY_BYTES, ALTERNATIVE_BYTES = 29, 14
 _encode = msgspec.msgpack.Encoder().encode
 PENDING = -1  # a token that a step in flight is about to choose: the runner knows it, and nobody else yet
 
 
+class Constraint(Protocol):
+    """The grammar of a sequence, which follows its output (engine/worker/grammars.py)."""
+
+    state: GrammarState
+    error: str  # why no token can come next
+
+    def settle(self) -> bool:
+        """Whether the token that comes next can be chosen."""
+        ...
+
+
 class Admission(msgspec.Struct, frozen=True, gc=False):
     """Facts about a sequence that a runner needs once per epoch: sent with the first plan after (re)admission.
 
-    banned: sequences of tokens that the output may not hold.
+    banned: sequences of tokens that the output may not hold. constraint: what its grammar is followed by.
     """
 
     sampling: SamplingParams
@@ -33,6 +45,7 @@ class Admission(msgspec.Struct, frozen=True, gc=False):
     eos_token_ids: tuple[int, ...]
     banned: tuple[tuple[int, ...], ...] = ()
     thinking: ThinkingBudget | None = None
+    constraint: Any = None  # Constraint | None, which no reader of messages knows
 
 
 class Scoring(msgspec.Struct, frozen=True, gc=False):
@@ -110,13 +123,16 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     `logprobs[i]` is None where sequence i asked for none; `failures` maps sequence indices to the reason why
     their result must not be used (for instance logits that are not finite). `prompt_logprobs`: by sequence index,
     of each whose plan has a scoring, a TokenLogprobs for each token scored, as MessagePack: nobody on their way
-    reads them.
+    reads them. `grammars`: by sequence index, of each with a grammar what that says of the output with the new
+    token. `late`: sequences whose token was not chosen, as their mask was not there; their last row comes again.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = {}
     prompt_logprobs: dict[int, list[msgspec.Raw]] = {}
+    grammars: dict[int, GrammarState] = {}
+    late: frozenset[int] = frozenset()
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):

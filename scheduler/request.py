@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from cierzo.cache.manager import SequenceBlocks
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
-from cierzo.scheduler.plan import Admission, Finish, FinishReason, RequestKey, Scoring, SeqPlan
+from cierzo.scheduler.plan import Admission, Finish, FinishReason, GrammarState, RequestKey, Scoring, SeqPlan
 from cierzo.scheduler.stop import StopReason, StopRule
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     `output_token_ids` resumes: tokens generated before, which count as output and are not delivered again.
     `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock. `banned`, `thinking`: as in
     Admission; no decision here depends on them. `weight`: of the tenant, from now on. Requests of different `salt`
-    share no block. `num_scored`: log-probabilities of the prompt that an earlier run has delivered.
+    share no block. `num_scored`: log-probabilities of the prompt that an earlier run has delivered. `constraint`: of
+    one with a grammar, which is held until `Scheduler.release`.
     """
 
     request_id: int
@@ -53,6 +54,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     weight: float = 1.0
     salt: bytes = b""
     num_scored: int = 0
+    constraint: Any = None  # Constraint | None
 
     def require(self, max_model_len: int) -> None:
         """Raise ValueError for what cannot be run."""
@@ -75,7 +77,7 @@ class State(Enum):
         HELD -> WAITING <-> RUNNING      and from each of the three -> ENDED
     """
 
-    HELD = "held"  # behind a sibling that is computing the prompt they share
+    HELD = "held"  # behind a sibling that is computing the prompt they share, or until its grammar is made
     WAITING = "waiting"  # in the queue; holds no blocks
     RUNNING = "running"  # has a slot and blocks
     ENDED = "ended"
@@ -131,6 +133,8 @@ class Request:
     num_charged: int = 0  # leading positions that its tenant was charged for, or that were found
     num_cached_prompt_tokens: int = 0  # at the first admission
     num_preemptions: int = 0
+    grammar: GrammarState | None = None  # what it says of the output; None: it has none
+    is_late: bool = False  # its grammar's mask was not there when a step chose tokens
     admitted_at: float | None = None  # first admission
     first_token_at: float | None = None  # first token of this run; resumed ones came before
     spent: Spent = field(default_factory=Spent)
@@ -196,7 +200,7 @@ class Request:
         new = self.new
         output_token_ids = tuple(self.tokens[self.num_prompt_tokens :])
         facts = new.sampling, new.prompt_token_ids, output_token_ids, new.eos_token_ids
-        return Admission(*facts, new.banned, new.thinking)
+        return Admission(*facts, new.banned, new.thinking, new.constraint)
 
     def finish(self, reason: FinishReason, message: str, stop_token_id: int | None, now: float) -> Finish:
         """The record of its end at time `now`. A phase it did not reach, or left unfinished, ends now."""
@@ -218,4 +222,5 @@ class Request:
             recomputed_tokens=spent.recomputed_tokens,
             steps=spent.other_steps + len(self.tokens) - self.num_prompt_tokens - len(self.new.output_token_ids),
             kv_block_s=spent.kv_ticks / TICKS_PER_S,
+            incomplete=self.grammar == "open",
         )

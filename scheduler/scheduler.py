@@ -15,6 +15,7 @@ from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import StepCost
 from cierzo.scheduler.plan import (
     PENDING,
+    Constraint,
     FinishReason,
     RequestKey,
     Scoring,
@@ -58,6 +59,7 @@ class Scheduler:
         self._running: dict[RequestKey, Request] = {}  # in admission order
         self._tenants = Tenants(config.max_running, cache.num_blocks)
         self._gate = SiblingGate()
+        self._held: dict[RequestKey, Request] = {}  # their grammars are being made
         self._deadlines = RequestHeap()
         self._free_slots = list(range(config.max_running - 1, -1, -1))  # a stack
         self._deltas: list[TokenDelta] = []
@@ -96,15 +98,35 @@ class Scheduler:
             order=order,
             arrived_at=arrived_at,
             num_scored=new.num_scored,
+            grammar=None if new.constraint is None else "open",
         )
         self._num_arrivals += 1
         self._live.setdefault(new.request_id, {})[new.sample] = request
-        if self._ends_on_arrival(request):
+        if new.constraint is None and self._ends_on_arrival(request):
             return
         if new.deadline_at_s is not None:
             self._deadlines.push(request, (new.deadline_at_s, order[1]))
-        if new.sampling.n == 1 or not self._cache.prefix_caching or self._gate.enter(request):
-            self._enqueue(request)
+        if new.constraint is not None:
+            self._held[request.key] = request
+        else:
+            self._arrive(request)
+
+    def release(self, key: RequestKey, constraint: Constraint) -> None:
+        """Let a sequence queue whose grammar is made, or end it as that says. Nothing happens if it is over."""
+        request = self._held.get(key)
+        if request is None or request.new.constraint is not constraint:
+            return
+        del self._held[key]
+        request.grammar = constraint.state
+        if constraint.error:
+            self._finish(request, "failed", constraint.error)
+        elif not self._ends_on_arrival(request):
+            self._arrive(request)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether there are sequences, and all that could go on wait for their grammars or a mask."""
+        return bool(self._live) and all(one.is_late or one.key in self._held for one in self.requests())
 
     def abort(self, request_id: int, sample: int | None = None, reason: FinishReason = "cancelled") -> int:
         """End one sample, or all of a request, now: how many ended. Unknown ones (already over) count nothing."""
@@ -132,7 +154,7 @@ class Scheduler:
         accounts, live = self._accounts, [*self._running.values(), *self._tenants.waiting()]
         return SchedulerStats(
             running=len(self._running),
-            waiting=self._tenants.num_waiting + len(self._gate),
+            waiting=self._num_waiting,
             waiting_tokens=sum(len(one.tokens) - one.num_computed for one in live),
             steps=self._num_steps,
             prompt_tokens=self._prompt_tokens,
@@ -194,12 +216,18 @@ class Scheduler:
                 num_tokens, num_seqs = num_tokens - len(seq.token_ids), num_seqs - 1
                 self._finish(request, "failed", failures[index])
                 continue
-            request.num_computed = computed = seq.start + len(seq.token_ids)
+            is_late = index in result.late
+            request.num_computed = computed = seq.start + len(seq.token_ids) - is_late
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)
             if seq.scoring is not None:
                 self._score(request, seq.scoring, result.prompt_logprobs[index])
-            if seq.samples:
+            if is_late:
+                request.is_late, request.num_planned, request.num_pending = True, computed, 0
+                request.spent.other_steps += 1
+            elif seq.samples:
+                if request.grammar is not None:
+                    request.grammar = result.grammars[index]
                 self._append(request, result.token_ids[index], logprobs[index] if logprobs else None, now)
             else:
                 request.spent.other_steps += 1
@@ -211,14 +239,15 @@ class Scheduler:
         """A plan that has to be run again, once every plan before it is committed.
 
         Sequences that ended or were preempted since are left out: their blocks may be another's. Tokens that were
-        PENDING are known by now.
+        PENDING are known by now; a sequence that was late got none, and is left out too.
         """
         seqs = []
         for seq in plan.seqs:
             request = self._running.get(seq.key)
             if request is not None and request.epoch == seq.epoch:
                 token_ids = request.tokens[seq.start : seq.start + len(seq.token_ids)]
-                seqs.append(msgspec.structs.replace(seq, token_ids=token_ids))
+                if len(token_ids) == len(seq.token_ids):  # else the step before chose none
+                    seqs.append(msgspec.structs.replace(seq, token_ids=token_ids))
         return StepPlan(plan.step, seqs, sum(len(seq.token_ids) for seq in seqs))
 
     def check(self) -> None:
@@ -228,7 +257,8 @@ class Scheduler:
             places = (request.key in request.tenant.waiting, request.key in self._running)
             assert places == (request.state is State.WAITING, request.state is State.RUNNING), request
             request.check()
-        assert len(live) == len(self._running) + self._tenants.num_waiting + len(self._gate), live
+        assert len(live) == len(self._running) + self._num_waiting, live
+        assert all(live.get(key) is request for key, request in self._held.items()), "a dead request is held"
         slots = [*self._free_slots, *(request.slot for request in self._running.values())]
         assert sorted(slots) == list(range(self._config.max_running)), f"slots {slots}"
         assert all(live.get(request.key) is request for request in self._deadlines), "a dead request has a deadline"
@@ -238,13 +268,17 @@ class Scheduler:
 
     # --- arrival -----------------------------------------------------------------------------------------------
 
+    @property
+    def _num_waiting(self) -> int:
+        return self._tenants.num_waiting + len(self._gate) + len(self._held)
+
     def _refuse(self, new: NewRequest, key: RequestKey) -> None:
         """Raise if the sequence cannot be accepted."""
         config = self._config
         if new.sample in self._live.get(new.request_id, {}):
             raise DuplicateRequest(f"request {key} is still alive")
         new.require(config.max_model_len)
-        if self._tenants.num_waiting + len(self._gate) >= config.max_waiting:
+        if self._num_waiting >= config.max_waiting:
             raise QueueFull(f"{config.max_waiting} sequences are waiting (max_waiting)")
 
     def _ends_on_arrival(self, request: Request) -> bool:
@@ -252,7 +286,15 @@ class Scheduler:
         reason = request.complete()
         if reason is not None:
             self._finish(request, reason, stop_token_id=request.tokens[-1] if reason == "stop" else None)
+        elif request.grammar == "ended":
+            reason = "stop"
+            self._finish(request, reason)
         return reason is not None
+
+    def _arrive(self, request: Request) -> None:
+        """Queue a newcomer, unless another sample of its request computes their prompt."""
+        if request.new.sampling.n == 1 or not self._cache.prefix_caching or self._gate.enter(request):
+            self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         if request.state is not State.WAITING:
@@ -281,6 +323,10 @@ class Scheduler:
             if request.state is not State.RUNNING:
                 continue  # preempted by one before it
             start, tokens, blocks = request.num_planned, request.tokens, request.blocks
+            if request.is_late:
+                if not request.new.constraint.settle():
+                    continue
+                request.is_late = False
             pending = request.num_pending
             all_pending += pending
             num_tokens = len(tokens) + pending
@@ -427,15 +473,17 @@ class Scheduler:
         if request.first_token_at is None:
             self._first_token(request, now)
         request.num_pending -= 1
-        tokens, check = request.tokens, request.stop.check
+        tokens, check, stops = request.tokens, request.stop.check, True
         for count, token_id in enumerate(new, 1):
             tokens.append(token_id)
             reason = check(token_id, len(tokens))
+            if request.grammar == "ended" and reason != "stop":
+                reason, stops = "stop", False
             if reason is not None:
                 self._output_tokens += count
                 request.spent.other_steps += 1 - count
                 logprobs = None if logprobs is None else logprobs[:count]
-                stop_token_id = token_id if reason == "stop" else None
+                stop_token_id = token_id if reason == "stop" and stops else None
                 self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
                 return
         self._output_tokens += count
@@ -485,6 +533,7 @@ class Scheduler:
         request.move(State.ENDED)
         self._tenants.discard(request)
         self._deadlines.discard(request)
+        self._held.pop(request.key, None)
         self._tenants.leave(request.tenant)
         request_id, sample = request.key
         samples = self._live[request_id]

@@ -11,10 +11,11 @@ import msgspec
 
 from cierzo.cache.manager import KVCacheManager
 from cierzo.engine.config import EngineConfig, spin_briefly
-from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta
+from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta, Vocabulary
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
+from cierzo.engine.worker.grammars import POLL_S, Makers
 from cierzo.engine.worker.step_cost import StepTimes
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import StepPlan, StepResult
@@ -75,6 +76,7 @@ class EngineCore:
             block_tokens=config.cache.block_tokens,
         )
         self._runner = make_runner(config) if runner is None else runner
+        self._makers = Makers()
         self.observe: Callable[[StepPlan], None] = _ignore  # called with each step's plan before it is launched
 
     def requests(self) -> Iterator[Request]:
@@ -92,6 +94,7 @@ class EngineCore:
         For a caller who was interrupted within a call: scheduler, cache and runner may then disagree.
         """
         self._runner.reset()
+        self._makers.forget()
         self._forget()
 
     def _forget(self) -> None:
@@ -110,16 +113,21 @@ class EngineCore:
         """Predicted seconds of the step that is about to run or runs, of two in flight the longer; 0.0: unknown."""
         return self._predicted_s
 
+    def vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the tokens that grammars are about: before the first request, as it takes half a second."""
+        self._makers.use(vocabulary)
+
     def submit(self, submit: Submit) -> None:
-        """Take a request, one sequence per sample.
+        """Take a request, one sequence per sample. One with a grammar is held until that is made.
 
         A sample ends as failed at once if the queue is full, and for what validation should have caught: no seed,
         an empty prompt, one longer than max_model_len. Raises DuplicateRequest for one that is alive already.
         """
         prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
         banned = tuple(map(tuple, submit.banned_token_ids))
-        sampling = submit.sampling
-        for sample in range(submit.first_sample, submit.first_sample + submit.sampling.n):
+        sampling, first = submit.sampling, submit.first_sample
+        making = self._makers.open(submit) if submit.grammar else None
+        for sample in range(first, first + submit.sampling.n):
             new = NewRequest(
                 request_id=submit.request_id,
                 sample=sample,
@@ -136,15 +144,20 @@ class EngineCore:
                 weight=submit.weight,
                 salt=submit.cache_salt,
                 num_scored=submit.num_scored,
+                constraint=None if making is None else making.constraints[sample - first],
             )
             if sampling.prompt_logprobs is not None:  # the first sample's are those of all
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
             try:
+                if making is not None and not self._makers.has_vocabulary:
+                    raise ValueError("grammar: the core knows no vocabulary")
                 self._scheduler.add(new)
             except QueueFull as error:
                 self._refused.append(_refusal(new, f"overloaded: {error}"))
             except ValueError as error:
                 self._refused.append(_refusal(new, f"invalid: {error}"))
+        if making is not None and self._makers.has_vocabulary:
+            self._makers.begin(making)
 
     def abort(self, abort: Abort) -> None:
         """End a request, or one sample of it, with `reason`. Nothing happens if it has ended already."""
@@ -157,6 +170,7 @@ class EngineCore:
         that one ends as failed, the others get their tokens. MemoryError, KeyboardInterrupt and DeviceFault, after
         which no step could succeed, pass.
         """
+        self._release()
         return self.step_overlapped() if self._config.overlap else self.step_plain()
 
     def step_plain(self) -> list[TokenDelta]:
@@ -185,6 +199,14 @@ class EngineCore:
         elif plan.seqs:
             self._flying = plan
         return self.take_deltas()
+
+    def _release(self) -> None:
+        """Let those queue whose grammars were made. Where nobody else has work, wait for one a moment."""
+        if self._flying is None and self._scheduler.is_held_up:
+            self._makers.wait(POLL_S)
+        for making in self._makers.take_made():
+            for key, constraint in zip(making.keys, making.constraints, strict=True):
+                self._scheduler.release(key, constraint)
 
     def take_deltas(self) -> list[TokenDelta]:
         """Return what happened since the last call, without a step."""

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cierzo.engine.worker.grammars import Constraint
 from cierzo.engine.worker.masks import Masks
 from cierzo.kernels.ops import sampling as ops
 from cierzo.scheduler.params import SamplingParams
@@ -73,6 +74,7 @@ class Edits:
     first_stop_tokens: int  # known tokens from which on a stop token may end the sequence, itself counted
     masks: Masks | None
     followers: list[TokenHistory | Masks]  # history and masks: all that each chosen token is told to
+    constraint: Constraint | None
 
 
 def edits_of(admission: Admission) -> Edits | None:
@@ -80,7 +82,10 @@ def edits_of(admission: Admission) -> Edits | None:
     params = admission.sampling
     penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
     penalised, masks = penalties != (1.0, 0.0, 0.0), Masks.of(admission)
-    if not (params.logit_bias or penalised or params.min_tokens or masks):
+    constraint: Constraint | None = admission.constraint
+    if constraint is not None:
+        constraint.admit(admission.output_token_ids)
+    if not (params.logit_bias or penalised or params.min_tokens or masks or constraint):
         return None
     history = TokenHistory(admission.prompt_token_ids, admission.output_token_ids) if penalised else None
     return Edits(
@@ -92,6 +97,7 @@ def edits_of(admission: Admission) -> Edits | None:
         first_stop_tokens=len(admission.prompt_token_ids) + params.min_tokens,
         masks=masks,
         followers=[one for one in (history, masks) if one is not None],
+        constraint=constraint,
     )
 
 
@@ -114,6 +120,10 @@ def arrays_of(
     arrays |= _sparse("bias", [(row, edit.bias_ids, edit.bias) for row, edit in edited])
     arrays |= _sparse("seen", [(row, history.token_ids, history.output_counts) for row, _, history in seen])
     masked = [(row, edit.masks) for row, edit in edited if edit.masks is not None]
+    bound = [(row, edit.constraint.mask) for row, edit in edited if edit.constraint is not None]
+    if bound:
+        arrays["bound"] = np.array([row for row, _ in bound], np.int64)
+        arrays["bits"] = np.concatenate([mask for _, mask in bound])
     if masked or early:
         arrays |= _masks(masked, early, slots, pending)
     if seen:
@@ -174,6 +184,9 @@ def apply(logits: Tensor, arrays: Mapping[str, Tensor], chosen: Tensor) -> None:
         ops.add_bias(logits, arrays["bias_rows"], arrays["bias_ids"], arrays["bias_values"])
     if "seen_rows" in arrays:
         _penalise(logits, arrays, chosen)
+    if "bound" in arrays:
+        rows = arrays["bound"]
+        ops.mask_bits(logits, rows, arrays["bits"].view(len(rows), -1))
     if "restricted" in arrays:
         rows, token_ids = arrays["kept_rows"], arrays["kept_ids"]
         kept = logits[rows, token_ids]

@@ -8,7 +8,7 @@ prompt token that was computed as a generated one changes what follows. No torch
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -20,9 +20,19 @@ from cierzo.engine.config import EngineConfig, EngineOptions
 from cierzo.engine.model.config import GqaConfig, ModelConfig
 from cierzo.engine.model.rope_config import RopeConfig
 from cierzo.engine.worker.batch import Batch, Segments
+from cierzo.engine.worker.grammars import Constraint, await_masks, follow_all
 from cierzo.engine.worker.masks import NOTHING_LEFT, Masks
 from cierzo.scheduler.config import SchedulerConfig
-from cierzo.scheduler.plan import Admission, RequestKey, SeqPlan, StepPlan, StepResult, TokenLogprobs, packed_entry
+from cierzo.scheduler.plan import (
+    Admission,
+    GrammarState,
+    RequestKey,
+    SeqPlan,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    packed_entry,
+)
 
 Words = NDArray[np.uint64]
 Script = Callable[[RequestKey, int], int]  # (request, index in its output) -> token id
@@ -112,6 +122,7 @@ class FakeRunner:
         self._num_logprobs: list[int | None] = [None] * max_running
         self._chosen = np.zeros(max_running, np.int64)  # the last token of every slot
         self._masked: dict[int, tuple[Admission, list[int]]] = {}  # by slot, of who has masks; and its output
+        self._late_slots: set[int] = set()  # for which the last step chose nothing
         self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
@@ -150,7 +161,9 @@ class FakeRunner:
         self._seeds[seq.slot] = drawn if sampling.temperature else 0  # a greedy answer depends on no seed
         self._num_logprobs[seq.slot] = sampling.logprobs
         self._masked.pop(seq.slot, None)
-        if Masks.of(seq.admission) is not None:
+        if seq.admission.constraint is not None:
+            seq.admission.constraint.admit(seq.admission.output_token_ids)
+        if Masks.of(seq.admission) is not None or seq.admission.constraint is not None:
             self._masked[seq.slot] = seq.admission, [*seq.admission.output_token_ids]
 
     def _write(self, batch: Batch) -> None:
@@ -210,7 +223,11 @@ class FakeRunner:
         if self._script is not None:
             sampling = [plan.seqs[index] for index in batch.sample_seqs]
             tokens = [self._script(seq.key, _output_index(seq)) for seq in sampling]
-        failures = self._mask(plan, batch, tokens) if self._masked else {}
+        failures, grammars = dict[int, str](), dict[int, GrammarState]()
+        late_slots, self._late_slots = self._late_slots, set()
+        if self._masked:
+            failures, grammars = self._mask(plan, batch, tokens, late_slots)
+        late = frozenset(index for index in batch.sample_seqs if plan.seqs[index].slot in self._late_slots)
         token_ids: list[list[int]] = [[] for _ in plan.seqs]
         logprobs: list[list[TokenLogprobs] | None] | None = None
         for index, token in zip(batch.sample_seqs, tokens, strict=True):
@@ -221,15 +238,19 @@ class FakeRunner:
                 if logprobs is None:
                     logprobs = [None] * len(plan.seqs)
                 logprobs[index] = [made_up_logprobs(token, count, int(self._vocab_size))]
-        return StepResult(token_ids, logprobs, failures)
+        return StepResult(token_ids, logprobs, failures, grammars=grammars, late=late)
 
-    def _mask(self, plan: StepPlan, batch: Batch, tokens: list[int]) -> dict[int, str]:
-        """Put other tokens in the place of those that masks forbid; by sequence, why it can have none.
+    def _mask(
+        self, plan: StepPlan, batch: Batch, tokens: list[int], late_slots: set[int]
+    ) -> tuple[dict[int, str], dict[int, GrammarState]]:
+        """Put other tokens in the place of those that masks forbid; by sequence, why it can have none, and what its
+        grammar says of its output then. late_slots: those that the step before chose nothing for.
 
         Outputs are taken from the plans, as a step may come again. Masks are made anew each time: only tests ask
         for any.
         """
-        failures = {}
+        failures, grammars = dict[int, str](), dict[int, GrammarState]()
+        pending = {*batch.pending_slots.tolist()}
         last = batch.token_ids[batch.sample_rows].tolist()
         for row, index in enumerate(batch.sample_seqs):
             seq = plan.seqs[index]
@@ -240,21 +261,39 @@ class FakeRunner:
                 output[count - 1 :] = [last[row]]
             else:
                 output.clear()
+            constraint: Constraint | None = admission.constraint
+            if constraint is not None:
+                constraint.admit((*output,))
+                await_masks([constraint])
+                if not constraint.settle() or constraint.state == "ended" or seq.slot in late_slots & pending:
+                    self._late_slots.add(seq.slot)
+                    continue
+                if constraint.error:
+                    failures[index] = constraint.error
+                    continue
             masks = Masks(admission.sampling.allowed_token_ids, admission.banned, admission.thinking, output)
-            token = _permitted(masks, tokens[row], int(self._vocab_size))
+            token = _permitted(masks, constraint, tokens[row], int(self._vocab_size))
             if token is None:
                 failures[index] = NOTHING_LEFT
-            else:
-                tokens[row] = token
-        return failures
+                continue
+            tokens[row] = token
+            if constraint is not None:
+                follow_all([(constraint, token)])
+                grammars[index] = constraint.state
+        return failures, grammars
 
 
-def _permitted(masks: Masks, token: int, vocab_size: int) -> int | None:
+def _permitted(masks: Masks, constraint: Constraint | None, token: int, vocab_size: int) -> int | None:
     """The token, or the next one behind it that may be chosen."""
     forced = masks.forced(pending=False)
     if forced is not None:
         return forced.token_id
-    candidates = masks.allowed.tolist() or range(vocab_size)
+    candidates: Sequence[int] = masks.allowed.tolist() or range(vocab_size)
+    if constraint is not None:
+        held = np.unpackbits(constraint.mask.view(np.uint8), bitorder="little")[:vocab_size]
+        candidates = [one for one in np.flatnonzero(held).tolist() if not masks.allowed.size or one in masks.allowed]
+    if not candidates:
+        return None
     banned = {*masks.banned(pending=False)[0].tolist()}
     first = candidates.index(token) if token in candidates else token % len(candidates)
     behind = (candidates[(first + step) % len(candidates)] for step in range(len(candidates)))

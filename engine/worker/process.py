@@ -27,6 +27,7 @@ from cierzo.engine.messages import (
     StepOutput,
     Submit,
     TokenDelta,
+    Vocabulary,
 )
 from cierzo.engine.server_process import prepare_memory
 from cierzo.engine.signs import SignsPage
@@ -87,6 +88,8 @@ class CoreLoop:
             if self._recorder is not None:
                 self._recorder.command(command)
             match command:
+                case Vocabulary():
+                    core.vocabulary(command)
                 case Submit():
                     core.submit(command)
                 case Abort():

@@ -26,6 +26,7 @@ from cierzo.engine.weights.loader import load_parameters
 from cierzo.engine.weights.matrices import DeviceMatrices, PackedMatrices
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.engine.worker.batch import Batch
+from cierzo.engine.worker.choosing import Choosing
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Model, cuda_recorder
 from cierzo.engine.worker.progress import loading_progress
@@ -48,15 +49,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was launched: how many sequences its plan has, which of them sample, and the functions that wait
-    for their tokens, that count the step's experts, if they are counted, and that wait for prompts' scores."""
+    """A step that was launched: how many sequences its plan has, which of them sample, their slots, and the functions
+    that wait for their tokens, that count the step's experts, if they are counted, and that wait for prompts' scores."""
 
     number: int
     num_seqs: int
     sample_seqs: list[int]
+    slots: list[int]
     sampled: Callable[[], Sampled]
     count_experts: Callable[[], None] | None
     scores: Scores
+    choosing: Choosing | None = None  # where some have a grammar
 
 
 class ModelRunner:
@@ -88,7 +91,8 @@ class ModelRunner:
         self._graphs = graphs
         self._staging = None if staged is None else Staging(torch.device(device))
         self._max_running = max_running
-        self._sampler = Sampler(max_running, device, self._staging)
+        later = None if staged is None else Staging(torch.device(device))
+        self._sampler = Sampler(max_running, device, self._staging, later)
         self._scorer = Scorer(None if staged is None else Staging(torch.device(device)))
         self._steps: deque[_Step] = deque()
         self._description = description
@@ -201,6 +205,10 @@ class ModelRunner:
                 step.count_experts()
             scores = step.scores()
         sampled.remember()
+        grammars = {step.sample_seqs[row]: one.state for row, (one, _) in sampled.constraints.items()}
+        late = frozenset(step.sample_seqs[row] for row in sampled.late)
+        if self._steps and (following := self._steps[0].choosing) is not None:
+            following.finish({step.slots[row] for row in sampled.late})
         token_ids: list[list[int]] = [[] for _ in range(step.num_seqs)]
         for index, token_id in zip(step.sample_seqs, sampled.token_ids, strict=True):
             token_ids[index] = [token_id]
@@ -211,7 +219,8 @@ class ModelRunner:
                 logprobs[index] = entry
         failures = {step.sample_seqs[row]: reason for row, reason in sampled.failures.items()}
         failures |= {index: NOT_FINITE for index, entries in scores.items() if entries is None}
-        return StepResult(token_ids, logprobs, failures, {index: one for index, one in scores.items() if one})
+        scored = {index: one for index, one in scores.items() if one}
+        return StepResult(token_ids, logprobs, failures, scored, grammars, late)
 
     def _sample(
         self, plan: StepPlan, batch: Batch, logits: Tensor, count_experts: Callable[[], None] | None, scores: Scores
@@ -220,14 +229,20 @@ class ModelRunner:
         sampling = [plan.seqs[index] for index in batch.sample_seqs]
         slots = [seq.slot for seq in sampling]
         positions = [seq.start + len(seq.token_ids) for seq in sampling]
-        if not slots:
-            return _Step(plan.step, len(plan.seqs), [], Sampled([]).itself, count_experts, scores)
-        if self._overlap:
-            pending = {row for row, seq in enumerate(sampling) if seq.token_ids[-1] == PENDING}
+        sampled: Callable[[], Sampled] = Sampled([]).itself
+        choosing = None
+        pending = {row for row, seq in enumerate(sampling) if seq.token_ids[-1] == PENDING} if self._overlap else set()
+        if constraints := self._sampler.constraints(slots):
+            choosing = Choosing(self._sampler, logits, slots, positions, pending, constraints)
+            sampled = choosing.sampled if self._overlap else choosing.all
+            if self._overlap:
+                choosing.begin()
+        elif slots and self._overlap:
             sampled = self._sampler.launch(logits, slots, positions, pending)
-        else:
+        elif slots:
             sampled = partial(self._sampler.sample, logits, slots, positions)
-        return _Step(plan.step, len(plan.seqs), batch.sample_seqs, sampled, count_experts, scores)
+        facts = plan.step, len(plan.seqs), batch.sample_seqs, slots
+        return _Step(*facts, sampled, count_experts, scores, choosing)
 
     def reset(self) -> None:
         """Forget what was launched and not collected, once the device has done it: the device reads memory that the

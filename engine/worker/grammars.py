@@ -1,0 +1,327 @@
+"""Grammars in the core: matchers that follow what sequences generate, and masks of the tokens that may come next.
+
+A `Constraint` is one sequence's. Its matcher is made by a thread, while the sequence is held; the mask of the next
+token too, as soon as the last one is known. The core's loop only feeds tokens to matchers, which takes a microsecond
+each. Nobody waits for a slow mask: a sequence whose mask is not there when its step chooses tokens gets none from that
+step, and has its last row computed again.
+
+    hold ─ thread: matcher, output so far, first mask ─▶ made ─▶ admit ─▶ follow(token) ─ thread: mask ─▶ ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cierzo.engine.messages import Submit, Vocabulary
+from cierzo.engine.text.grammar_limits import parser_limits
+from cierzo.engine.text.token_table import grammar_tokenizer
+from cierzo.scheduler.plan import GrammarState, RequestKey
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+log = logging.getLogger(__name__)
+
+MASK_WAIT_S = 0.010  # that a step waits for masks once its logits are there
+MASK_THREADS = 8  # at most
+MAKING_THREADS = 2
+KEPT_MATCHERS = 16  # of grammars seen last, before their first token
+KEPT_BELOW_S = 0.5  # what takes longer to make is large, and is not kept
+POLL_S = 0.001
+_NICE = 10  # of threads that make matchers: they give way to those that compute
+
+Words = NDArray[np.int32]
+
+
+class Constraint:
+    """The grammar of one sequence: what it has followed of the output, and which tokens may come next.
+
+    `mask`: int32 [ceil(N/32)], a bit for each token; it holds while `is_ready`. `state`: what the grammar says of the
+    output so far. `error`: why it cannot go on, empty as long as it can. A matcher panics by a BaseException of its
+    own: whatever it raises is this sequence's own failure.
+    """
+
+    def __init__(self, makers: Makers) -> None:
+        self.state: GrammarState = "open"
+        self.error = ""
+        self.is_ready = False  # matcher, state and mask are there, and no thread has them
+        self.mask_s = 0.0  # that the last mask took
+        self.mask: Words = _NO_WORDS
+        self.makers = makers
+        self.num_admissions = 0  # what was chosen before the last one is nothing to it
+        self._matcher: LLMatcher | None = None
+        self._followed: list[int] = []
+        self._wanted: Sequence[int] | None = None  # the output that it is to stand at, once no thread has it
+
+    def admit(self, output: Sequence[int]) -> None:
+        """Begin anew behind an output: what a step chose that was dropped is taken back."""
+        self.num_admissions += 1
+        self._wanted = output
+        self.settle()
+
+    def settle(self) -> bool:
+        """Whether a token may be chosen now, or never will: mask and state are those of the output."""
+        if self.is_ready and self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            if len(wanted) != len(self._followed) or wanted[-1:] != self._followed[-1:]:
+                self._go_to(wanted)
+                self.makers.mask([self] * self._needs_mask())
+        return self.is_ready
+
+    def follow(self, token_id: int) -> bool:
+        """Take in the output's next token; whether a mask is to be made of what may come behind it."""
+        self._consume([token_id])
+        return self._needs_mask()
+
+    # --- in a thread, or on the loop while no thread has it ---
+
+    def take(self, matcher: LLMatcher, output: Sequence[int], mask: Words | None) -> None:
+        """Begin with a matcher of the grammar, and the output of an earlier run. mask: that of the first token, if
+        it is known."""
+        self._matcher = matcher
+        self._read_state()
+        if output:
+            self._consume(output)
+            mask = None
+        if mask is not None:
+            self.mask = mask.copy()
+        elif self._needs_mask():
+            self.make_mask()
+
+    def make_mask(self) -> None:
+        """Make the mask of the next token."""
+        start = time.perf_counter()
+        if self.mask is _NO_WORDS:
+            self.mask = self.makers.empty_mask()
+        self._guarded(self._fill)
+        self.mask_s = time.perf_counter() - start
+
+    def _fill(self, matcher: LLMatcher) -> None:
+        matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
+        if matcher.is_error():
+            raise ValueError(_first_line(matcher.get_error()))
+        if not self.mask.any():
+            raise ValueError("no token may come next")
+
+    def _needs_mask(self) -> bool:
+        return not self.error and self.state != "ended"
+
+    def _consume(self, token_ids: Sequence[int]) -> None:
+        def consume(matcher: LLMatcher) -> None:
+            if not matcher.consume_tokens([*token_ids]):
+                raise ValueError(_first_line(matcher.get_error()))
+            self._followed += token_ids
+
+        self._guarded(consume)
+        self._read_state()
+
+    def _read_state(self) -> None:
+        def read(matcher: LLMatcher) -> None:
+            if matcher.is_error():
+                raise ValueError(_first_line(matcher.get_error()))
+            self.state = "ended" if matcher.is_stopped() else "may end" if matcher.is_accepting() else "open"
+
+        if not self.error:
+            self._guarded(read)
+
+    def _go_to(self, output: Sequence[int]) -> None:
+        """Take back what is no more part of the output, and follow what is new."""
+        common = min(len(output), len(self._followed))
+        while common and output[common - 1] != self._followed[common - 1]:
+            common -= 1
+        surplus = len(self._followed) - common
+
+        def go_back(matcher: LLMatcher) -> None:
+            if surplus and not matcher.rollback(surplus):
+                raise ValueError(f"cannot take back {surplus} tokens")
+            del self._followed[common:]
+
+        self._guarded(go_back)
+        self._consume(output[common:])
+
+    def _guarded(self, work: Callable[[LLMatcher], None]) -> None:
+        """Do something with the matcher; what fails is told in `error`, with the place in the answer."""
+        if self.error:
+            return
+        assert self._matcher is not None
+        try:
+            work(self._matcher)
+        except BaseException as error:  # a panic of the matcher is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+                raise
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self.error = f"grammar: {what} (token {len(self._followed) + 1} of the answer)"
+            self._matcher = None  # which may be in any state
+
+
+class Making:
+    """The samples of a request whose matchers are being made."""
+
+    def __init__(self, submit: Submit, constraints: list[Constraint]) -> None:
+        first = submit.first_sample
+        self.keys: list[RequestKey] = [(submit.request_id, first + index) for index in range(len(constraints))]
+        self.constraints = constraints
+        self.grammar, self.output = submit.grammar, submit.output_token_ids
+
+
+class Makers:
+    """Threads that make matchers and masks, the tokenizer that they share, and the matchers that are kept."""
+
+    def __init__(self) -> None:
+        self._made: deque[Making] = deque()  # filled by threads, for the loop
+        self._tokenizer: LLTokenizer | None = None
+        self._num_words = 0
+        self._moved = threading.Event()  # a matcher or a mask is there
+        self._queue: deque[Constraint] = deque()  # whose masks nobody makes yet
+        self._num_threads = max(1, min(MASK_THREADS, len(os.sched_getaffinity(0))))
+        self._maskers: ThreadPoolExecutor | None = None
+        self._makers: ThreadPoolExecutor | None = None
+        self._kept: OrderedDict[str, tuple[LLMatcher, Words]] = OrderedDict()
+        self._lock = threading.Lock()  # of what is kept
+
+    def use(self, vocabulary: Vocabulary) -> None:
+        """Take the vocabulary. Holds the interpreter for half a second with 131,072 tokens."""
+        self._tokenizer = grammar_tokenizer(vocabulary)
+        self._num_words = -(-len(vocabulary.tokens) // 32)
+
+    def forget(self) -> None:
+        """Forget what is being made: nobody waits for it any more."""
+        self._made, self._queue = deque(), deque()
+
+    def empty_mask(self) -> Words:
+        """Memory of a mask."""
+        return np.zeros(self._num_words, np.int32)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether grammars can be made."""
+        return self._tokenizer is not None
+
+    def open(self, submit: Submit) -> Making:
+        """The samples of a request, and their constraints, for `begin`."""
+        return Making(submit, [Constraint(self) for _ in range(submit.sampling.n)])
+
+    def begin(self, making: Making) -> None:
+        """Have matchers made; they are ready once `take_made` gives them."""
+        if self._makers is None:
+            self._makers = ThreadPoolExecutor(MAKING_THREADS, "grammar", _give_way)
+            self._maskers = ThreadPoolExecutor(self._num_threads, "mask")
+        self._makers.submit(self._make, making, self._made)
+
+    def take_made(self) -> list[Making]:
+        """Requests whose matchers are there since the last call."""
+        made = []
+        while self._made:
+            made.append(self._made.popleft())
+        return made
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a matcher or a mask is there."""
+        self._moved.wait(timeout_s)
+        self._moved.clear()
+
+    def mask(self, constraints: Iterable[Constraint]) -> None:
+        """Have masks made, those first that took the least time before."""
+        behind = sorted(constraints, key=lambda one: one.mask_s)
+        if not behind:
+            return
+        for constraint in behind:
+            constraint.is_ready = False
+        self._queue.extend(behind)
+        assert self._maskers is not None
+        for _ in range(min(len(behind), self._num_threads)):
+            self._maskers.submit(self._make_masks, self._queue)
+
+    # --- in threads ---
+
+    def _make(self, making: Making, made: deque[Making]) -> None:
+        try:
+            base, first = self._matcher(making.grammar)
+            last = making.constraints[-1]
+            for constraint in making.constraints:
+                constraint.take(base if constraint is last else base.deep_copy(), making.output, first)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            for constraint in making.constraints:
+                constraint.error = constraint.error or f"grammar: {what}"
+        for constraint in making.constraints:
+            constraint.is_ready = True
+        made.append(making)
+        self._moved.set()
+
+    def _matcher(self, grammar: str) -> tuple[LLMatcher, Words]:
+        """A matcher of a grammar at its start, and the mask of the first token. Raises ValueError."""
+        from llguidance import LLMatcher
+
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None:
+                self._kept.move_to_end(grammar)
+                return kept[0].deep_copy(), kept[1]
+        start = time.perf_counter()
+        assert self._tokenizer is not None
+        matcher, mask = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits()), self.empty_mask()
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            raise ValueError(_first_line(matcher.get_error()))
+        if not mask.any():
+            raise ValueError("no token may come first")
+        if time.perf_counter() - start < KEPT_BELOW_S:
+            copy = matcher.deep_copy()
+            with self._lock:
+                self._kept[grammar] = copy, mask
+                while len(self._kept) > KEPT_MATCHERS:
+                    self._kept.popitem(last=False)
+        return matcher, mask
+
+    def _make_masks(self, queue: deque[Constraint]) -> None:
+        """Make masks until none is left to make."""
+        while queue:
+            try:
+                constraint = queue.popleft()
+            except IndexError:  # another thread was quicker
+                break
+            try:
+                constraint.make_mask()
+            except MemoryError as error:
+                constraint.error = f"grammar: out of memory: {error}"
+            constraint.is_ready = True
+            self._moved.set()
+
+
+def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> None:
+    """Tell constraints the tokens that were chosen for them, and have the masks of the next ones made."""
+    if chosen:
+        chosen[0][0].makers.mask([one for one, token_id in chosen if one.follow(token_id)])
+
+
+def await_masks(constraints: Collection[Constraint], timeout_s: float = MASK_WAIT_S) -> None:
+    """Wait until the masks of all are there, but no longer than `timeout_s`."""
+    give_up_s = time.monotonic() + timeout_s
+    while not all([one.settle() for one in constraints]) and (left_s := give_up_s - time.monotonic()) > 0:
+        next(iter(constraints)).makers.wait(left_s)
+
+
+_NO_WORDS: Words = np.zeros(0, np.int32)
+
+
+def _give_way() -> None:
+    """Run a thread of this process behind those that compute steps."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _first_line(message: str) -> str:
+    return message.partition("\n<")[0].strip() or "it cannot go on"
