@@ -170,7 +170,6 @@ class EngineCore:
         that one ends as failed, the others get their tokens. MemoryError, KeyboardInterrupt and DeviceFault, after
         which no step could succeed, pass.
         """
-        self._release()
         return self.step_overlapped() if self._config.overlap else self.step_plain()
 
     def step_plain(self) -> list[TokenDelta]:
@@ -259,6 +258,7 @@ class EngineCore:
 
     def _schedule(self) -> StepPlan:
         """The next step's plan, which is told before anything of it is computed."""
+        self._release()
         plan = self._scheduler.schedule()
         self._predicted_s = max(plan.predicted_s, self._flying.predicted_s if self._flying is not None else 0.0)
         self.observe(plan)

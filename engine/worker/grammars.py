@@ -308,9 +308,9 @@ def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> None:
         chosen[0][0].makers.mask([one for one, token_id in chosen if one.follow(token_id)])
 
 
-def await_masks(constraints: Collection[Constraint], timeout_s: float = MASK_WAIT_S) -> None:
-    """Wait until the masks of all are there, but no longer than `timeout_s`."""
-    give_up_s = time.monotonic() + timeout_s
+def await_masks(constraints: Collection[Constraint]) -> None:
+    """Wait until the masks of all are there, but no longer than MASK_WAIT_S."""
+    give_up_s = time.monotonic() + MASK_WAIT_S
     while not all([one.settle() for one in constraints]) and (left_s := give_up_s - time.monotonic()) > 0:
         next(iter(constraints)).makers.wait(left_s)
 

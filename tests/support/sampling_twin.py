@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from grammar_twin import has_ended, permits
 from torch import Tensor
 
 from cierzo.engine.messages import Submit, ThinkingBudget, TokenLogprobs
@@ -15,6 +16,9 @@ from cierzo.scheduler.params import SamplingParams
 VOCAB = 40
 EOS = 39
 TABLE = torch.randn(211, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+
+
+NOT_SAMPLING = ("banned", "thinking", "output", "grammar")
 
 
 def row_of(token_id: int, position: int) -> Tensor:
@@ -62,6 +66,7 @@ def permitted(request: Submit, output: list[int], vocab_size: int = VOCAB) -> li
         token
         for token in request.sampling.allowed_token_ids or range(vocab_size)
         if not any([*output, token][-len(word) :] == [*word] for word in request.banned_token_ids)
+        and (not request.grammar or token in permits(request.grammar, output))
     ]
 
 
@@ -79,7 +84,7 @@ def directly(request: Submit, sample: int) -> tuple[list[int], list[TokenLogprob
     output: list[int] = [*request.output_token_ids]
     logprobs: list[TokenLogprobs] = []
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
-    while len(output) < params.max_tokens:
+    while len(output) < params.max_tokens and not (request.grammar and has_ended(request.grammar, output)):
         position = len(prompt) + len(output)
         raw = row_of([*prompt, *output][-1], position - 1)
         logits = masked(edited(raw, params, prompt, output), request, output)
@@ -159,7 +164,7 @@ def variety() -> list[Submit]:
 
 def request_of(number: int, prompt: list[int], params: dict[str, Any]) -> Submit:
     """A request with its masks, which the front end would have encoded."""
-    sampling = {name: value for name, value in params.items() if name not in ("banned", "thinking", "output")}
+    sampling = {name: value for name, value in params.items() if name not in NOT_SAMPLING}
     return Submit(
         request_id=number,
         prompt_token_ids=prompt,
@@ -167,4 +172,5 @@ def request_of(number: int, prompt: list[int], params: dict[str, Any]) -> Submit
         output_token_ids=params.get("output", []),
         banned_token_ids=params.get("banned", []),
         thinking=params.get("thinking"),
+        grammar=params.get("grammar", ""),
     )
