@@ -278,7 +278,10 @@ class FakeRunner:
                 continue
             tokens[row] = token
             if constraint is not None:
-                follow_all([(constraint, token)])
+                if follow_all([(constraint, token)]):
+                    self._late_slots.add(seq.slot)
+                elif constraint.error:
+                    failures[index] = constraint.error
                 grammars[index] = constraint.state
         return failures, grammars
 

@@ -10,13 +10,15 @@ step, and has its last row computed again.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
+import weakref
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,17 +32,20 @@ from cierzo.scheduler.plan import GrammarState, RequestKey
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-log = logging.getLogger(__name__)
-
 MASK_WAIT_S = 0.010  # that a step waits for masks once its logits are there
 MASK_THREADS = 8  # at most
 MAKING_THREADS = 2
+MAKING_STACK_BYTES = 256 << 20  # address space: what is not used takes no memory
+FOLLOWING_S = 0.005  # processor time of a step for feeding matchers
+FOLLOWED_WITHIN_S = 0.005  # processor time of one token; an ordinary one takes a microsecond
+CONSUMED_AT_ONCE = 64  # tokens of an earlier output
 KEPT_MATCHERS = 16  # of grammars seen last, before their first token
 KEPT_BELOW_S = 0.5  # what takes longer to make is large, and is not kept
 POLL_S = 0.001
 _NICE = 10  # of threads that make matchers: they give way to those that compute
 
 Words = NDArray[np.int32]
+Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 class Constraint:
@@ -60,7 +65,7 @@ class Constraint:
         self.makers = makers
         self.num_admissions = 0  # what was chosen before the last one is nothing to it
         self._matcher: LLMatcher | None = None
-        self._followed: list[int] = []
+        self._followed = array("I")
         self._wanted: Sequence[int] | None = None  # the output that it is to stand at, once no thread has it
 
     def admit(self, output: Sequence[int]) -> None:
@@ -73,7 +78,7 @@ class Constraint:
         """Whether a token may be chosen now, or never will: mask and state are those of the output."""
         if self.is_ready and self._wanted is not None:
             wanted, self._wanted = self._wanted, None
-            if len(wanted) != len(self._followed) or wanted[-1:] != self._followed[-1:]:
+            if len(wanted) != len(self._followed) or [*wanted[-1:]] != [*self._followed[-1:]]:
                 self._go_to(wanted)
                 self.makers.mask([self] * self._needs_mask())
         return self.is_ready
@@ -105,6 +110,8 @@ class Constraint:
             self.mask = self.makers.empty_mask()
         self._guarded(self._fill)
         self.mask_s = time.perf_counter() - start
+        self.is_ready = True
+        self.makers.moved()
 
     def _fill(self, matcher: LLMatcher) -> None:
         matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
@@ -118,9 +125,11 @@ class Constraint:
 
     def _consume(self, token_ids: Sequence[int]) -> None:
         def consume(matcher: LLMatcher) -> None:
-            if not matcher.consume_tokens([*token_ids]):
-                raise ValueError(_first_line(matcher.get_error()))
-            self._followed += token_ids
+            for start in range(0, len(token_ids), CONSUMED_AT_ONCE):  # each holds the interpreter
+                some = [*token_ids[start : start + CONSUMED_AT_ONCE]]
+                if not matcher.consume_tokens(some):
+                    raise ValueError(_first_line(matcher.get_error()))
+                self._followed.extend(some)
 
         self._guarded(consume)
         self._read_state()
@@ -157,11 +166,14 @@ class Constraint:
         try:
             work(self._matcher)
         except BaseException as error:  # a panic of the matcher is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+            self.fail(_reason(error))
+            if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self.error = f"grammar: {what} (token {len(self._followed) + 1} of the answer)"
-            self._matcher = None  # which may be in any state
+
+    def fail(self, why: str) -> None:
+        """Go no further."""
+        self.error = f"grammar: {why} (token {len(self._followed) + 1} of the answer)"
+        self._matcher = None  # which may be in any state
 
 
 class Making:
@@ -182,10 +194,9 @@ class Makers:
         self._tokenizer: LLTokenizer | None = None
         self._num_words = 0
         self._moved = threading.Event()  # a matcher or a mask is there
-        self._queue: deque[Constraint] = deque()  # whose masks nobody makes yet
-        self._num_threads = max(1, min(MASK_THREADS, len(os.sched_getaffinity(0))))
-        self._maskers: ThreadPoolExecutor | None = None
-        self._makers: ThreadPoolExecutor | None = None
+        self._makings: Jobs = SimpleQueue()
+        self._masks: Jobs = SimpleQueue()
+        self._has_threads = False
         self._kept: OrderedDict[str, tuple[LLMatcher, Words]] = OrderedDict()
         self._lock = threading.Lock()  # of what is kept
 
@@ -194,18 +205,18 @@ class Makers:
         self._tokenizer = grammar_tokenizer(vocabulary)
         self._num_words = -(-len(vocabulary.tokens) // 32)
 
-    def forget(self) -> None:
-        """Forget what is being made: nobody waits for it any more."""
-        self._made, self._queue = deque(), deque()
-
-    def empty_mask(self) -> Words:
-        """Memory of a mask."""
-        return np.zeros(self._num_words, np.int32)
-
     @property
     def has_vocabulary(self) -> bool:
         """Whether grammars can be made."""
         return self._tokenizer is not None
+
+    def forget(self) -> None:
+        """Forget what is being made: nobody waits for it any more."""
+        self._made = deque()
+
+    def empty_mask(self) -> Words:
+        """Memory of a mask."""
+        return np.zeros(self._num_words, np.int32)
 
     def open(self, submit: Submit) -> Making:
         """The samples of a request, and their constraints, for `begin`."""
@@ -213,10 +224,9 @@ class Makers:
 
     def begin(self, making: Making) -> None:
         """Have matchers made; they are ready once `take_made` gives them."""
-        if self._makers is None:
-            self._makers = ThreadPoolExecutor(MAKING_THREADS, "grammar", _give_way)
-            self._maskers = ThreadPoolExecutor(self._num_threads, "mask")
-        self._makers.submit(self._make, making, self._made)
+        if not self._has_threads:
+            self._start_threads()
+        self._makings.put(partial(self._make, making, self._made))
 
     def take_made(self) -> list[Making]:
         """Requests whose matchers are there since the last call."""
@@ -230,17 +240,30 @@ class Makers:
         self._moved.wait(timeout_s)
         self._moved.clear()
 
+    def moved(self) -> None:
+        """Wake whoever waits, from a thread."""
+        self._moved.set()
+
     def mask(self, constraints: Iterable[Constraint]) -> None:
         """Have masks made, those first that took the least time before."""
-        behind = sorted(constraints, key=lambda one: one.mask_s)
-        if not behind:
-            return
-        for constraint in behind:
+        for constraint in sorted(constraints, key=lambda one: one.mask_s):
             constraint.is_ready = False
-        self._queue.extend(behind)
-        assert self._maskers is not None
-        for _ in range(min(len(behind), self._num_threads)):
-            self._maskers.submit(self._make_masks, self._queue)
+            self._masks.put(constraint.make_mask)
+
+    def _start_threads(self) -> None:
+        """Threads that end with this object. A compiler calls itself for each rule that a rule names: a thread has
+        the stack for all the symbols that a grammar may have."""
+        self._has_threads = True
+        num_maskers = max(1, min(MASK_THREADS, len(os.sched_getaffinity(0))))
+        before = threading.stack_size(MAKING_STACK_BYTES)
+        try:
+            for number in range(MAKING_THREADS):
+                threading.Thread(target=_work, args=(self._makings, _NICE), name=f"grammar-{number}", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+        for number in range(num_maskers):
+            threading.Thread(target=_work, args=(self._masks, 0), name=f"mask-{number}", daemon=True).start()
+        weakref.finalize(self, _end_threads, [(self._makings, MAKING_THREADS), (self._masks, num_maskers)])
 
     # --- in threads ---
 
@@ -251,15 +274,12 @@ class Makers:
             for constraint in making.constraints:
                 constraint.take(base if constraint is last else base.deep_copy(), making.output, first)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             for constraint in making.constraints:
-                constraint.error = constraint.error or f"grammar: {what}"
+                constraint.error = constraint.error or f"grammar: {_reason(error)}"
         for constraint in making.constraints:
             constraint.is_ready = True
         made.append(making)
-        self._moved.set()
+        self.moved()
 
     def _matcher(self, grammar: str) -> tuple[LLMatcher, Words]:
         """A matcher of a grammar at its start, and the mask of the first token. Raises ValueError."""
@@ -287,25 +307,29 @@ class Makers:
                     self._kept.popitem(last=False)
         return matcher, mask
 
-    def _make_masks(self, queue: deque[Constraint]) -> None:
-        """Make masks until none is left to make."""
-        while queue:
-            try:
-                constraint = queue.popleft()
-            except IndexError:  # another thread was quicker
-                break
-            try:
-                constraint.make_mask()
-            except MemoryError as error:
-                constraint.error = f"grammar: out of memory: {error}"
-            constraint.is_ready = True
-            self._moved.set()
 
+def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> set[int]:
+    """Tell constraints the tokens that were chosen for them, and have the masks of the next ones made.
 
-def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> None:
-    """Tell constraints the tokens that were chosen for them, and have the masks of the next ones made."""
-    if chosen:
-        chosen[0][0].makers.mask([one for one, token_id in chosen if one.follow(token_id)])
+    It takes the interpreter's time: once that is spent, others are not told. Their indices are returned: their tokens
+    count as not chosen, and will be chosen again.
+    """
+    untold, behind, spent_s = set[int](), [], 0.0
+    for index, (constraint, token_id) in enumerate(chosen):
+        if spent_s > FOLLOWING_S:
+            untold.add(index)
+            continue
+        start = time.thread_time()
+        needs_mask = constraint.follow(token_id)
+        took_s = time.thread_time() - start
+        spent_s += took_s
+        if took_s > FOLLOWED_WITHIN_S:
+            constraint.fail(f"a token took {took_s * 1e3:.0f} ms to follow, more than {FOLLOWED_WITHIN_S * 1e3:.0f}")
+        elif needs_mask:
+            behind.append(constraint)
+    if behind:
+        behind[0].makers.mask(behind)
+    return untold
 
 
 def await_masks(constraints: Collection[Constraint]) -> None:
@@ -318,9 +342,23 @@ def await_masks(constraints: Collection[Constraint]) -> None:
 _NO_WORDS: Words = np.zeros(0, np.int32)
 
 
-def _give_way() -> None:
-    """Run a thread of this process behind those that compute steps."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+def _work(jobs: Jobs, nice: int) -> None:
+    """Do jobs until None comes. nice: how far behind other threads of this process."""
+    if nice:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    for job in iter(jobs.get, None):
+        job()
+        del job  # which would keep all from being let go of
+
+
+def _end_threads(queues: list[tuple[Jobs, int]]) -> None:
+    for jobs, num_threads in queues:
+        for _ in range(num_threads):
+            jobs.put(None)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _first_line(message: str) -> str:

@@ -43,7 +43,7 @@ class Sampled:
     logprobs: list[list[TokenLogprobs] | None] | None = None
     failures: dict[int, str] = field(default_factory=dict)
     followers: list[tuple[int, TokenHistory | Masks]] = field(default_factory=list)
-    late: Collection[int] = ()
+    late: set[int] = field(default_factory=set)
     constraints: dict[int, tuple[Constraint, int]] = field(default_factory=dict)
 
     def itself(self) -> Sampled:
@@ -52,15 +52,18 @@ class Sampled:
 
     def remember(self) -> None:
         """Tell the tokens to penalties, masks and grammars: once, when the step can fail no more."""
+        told = {
+            row: constraint
+            for row, (constraint, admission) in self.constraints.items()
+            if row not in self.failures and admission == constraint.num_admissions
+        }
+        if told:
+            rows = [*told]
+            self.late |= {rows[index] for index in follow_all([(told[row], self.token_ids[row]) for row in rows])}
+            self.failures |= {row: constraint.error for row, constraint in told.items() if constraint.error}
         for row, follower in self.followers:
-            follower.append(self.token_ids[row])
-        follow_all(
-            [
-                (constraint, self.token_ids[row])
-                for row, (constraint, admission) in self.constraints.items()
-                if row not in self.failures and admission == constraint.num_admissions
-            ]
-        )
+            if row not in self.late:
+                follower.append(self.token_ids[row])
 
     def take(self, rows: list[int], part: Sampled) -> None:
         """Take over the results of some rows, in their order."""
