@@ -50,6 +50,7 @@ from cierzo.engine.messages import (
 )
 from cierzo.engine.outputs import Output, SampleOutput
 from cierzo.engine.settings import settings_of
+from cierzo.engine.text.grammar import vocabulary_of
 from cierzo.engine.text.grammar_check import checked_grammar
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
@@ -205,7 +206,12 @@ class LLM(OneProcess):
 
     def _run(self, jobs: list[_Job], progress: bool) -> list[Output]:
         with self._alone():
-            run = _Run(self._open_core(), self._config.scheduler.max_waiting, jobs)
+            core = self._open_core()
+            if not core.has_vocabulary and any(job.submit.grammar for job in jobs):
+                vocabulary = vocabulary_of(self._prompts, self._info)
+                assert vocabulary is not None, "a grammar was written without a vocabulary"
+                core.vocabulary(vocabulary)
+            run = _Run(core, self._config.scheduler.max_waiting, jobs)
             try:
                 run.finish(progress)
             except DeviceFault as fault:

@@ -117,6 +117,11 @@ class EngineCore:
         """Take the tokens that grammars are about: before the first request, as it takes half a second."""
         self._makers.use(vocabulary)
 
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether it was told the tokens that grammars are about."""
+        return self._makers.has_vocabulary
+
     def submit(self, submit: Submit) -> None:
         """Take a request, one sequence per sample. One with a grammar is held until that is made.
 
@@ -149,14 +154,14 @@ class EngineCore:
             if sampling.prompt_logprobs is not None:  # the first sample's are those of all
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
             try:
-                if making is not None and not self._makers.has_vocabulary:
+                if making is not None and not self.has_vocabulary:
                     raise ValueError("grammar: the core knows no vocabulary")
                 self._scheduler.add(new)
             except QueueFull as error:
                 self._refused.append(_refusal(new, f"overloaded: {error}"))
             except ValueError as error:
                 self._refused.append(_refusal(new, f"invalid: {error}"))
-        if making is not None and self._makers.has_vocabulary:
+        if making is not None and self.has_vocabulary:
             self._makers.begin(making)
 
     def abort(self, abort: Abort) -> None:
