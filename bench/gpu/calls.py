@@ -326,6 +326,14 @@ def edit(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(logits_of(model, size), rows, ids, *more)], operations.moved(operation, model, len(ids))
 
 
+@case("mask_bits", changes=(0,))
+def mask_rows(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Masks of all rows that leave nothing but every thousandth token."""
+    rows, bits = size.sequences, torch.zeros(size.sequences, -(-model.vocab // 32), dtype=torch.int32)
+    bits[:, ::31] = 1
+    return [(logits_of(model, size), torch.arange(rows), bits)], operations.moved(operation, model, rows)
+
+
 @case("peaks", "log_probabilities", rowwise=True)
 @case("top_tokens", "draw")
 def read_logits(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:

@@ -96,6 +96,7 @@ MOVED: dict[str, Callable[[ModelSizes, Number, int], Number]] = {
     "top_tokens": lambda s, rows, _: rows * s.vocab * FP32,
     "log_probabilities": lambda s, rows, _: rows * s.vocab * 2 * FP32,
     "mask_tokens": lambda s, edits, _: edits * (2 * INT64 + FP32),  # its row and token; the logit is not read
+    "mask_bits": lambda s, rows, _: rows * (s.vocab * FP32 + -(-s.vocab // 32) * 4 + INT64),  # all may be masked
     "add_bias": lambda s, edits, _: edits * (2 * INT64 + 2 * FP32 + FP32),  # and a bias
     "apply_penalties": lambda s, edits, _: edits * (2 * INT64 + 2 * FP32 + INT64),  # and a count
 }

@@ -4,7 +4,7 @@
 // logits[at_rows[g], id] = -inf where bit id of set g is 0: the blocks (.., g) do that. Rows outside the logits are left
 // out.
 extern "C" __global__ void __launch_bounds__(256)
-    mask_bits(float* logits, i64 stride, i64 rows, i64 vocab, const i64* at_rows, const int* bits, i64 words) {
+    sample_mask_bits(float* logits, i64 stride, i64 rows, i64 vocab, const i64* at_rows, const int* bits, i64 words) {
     const i64 row = at_rows[blockIdx.y], each = i64(gridDim.x) * blockDim.x;
     if (u64(row) >= u64(rows)) return;
     float* const target = logits + row * stride;

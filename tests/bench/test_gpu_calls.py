@@ -68,6 +68,7 @@ TINY4_DECODE: dict[str, Counted] = {
     "add_bias": (200 * (8 + 8 + 4 + 2 * 4), 0),  # row, id, bias; the logit in and out
     "apply_penalties": (200 * (8 + 8 + 8 + 2 * 4), 0),
     "mask_tokens": (200 * (8 + 8 + 4), 0),
+    "mask_bits": (2 * (500 * 4 + 16 * 4 + 8), 0),
     "peaks": (2 * 500 * 4, 0),
     "draw": (2 * 500 * 4, 0),
     "log_probabilities": (2 * 500 * 4 * 2, 0),

@@ -147,3 +147,7 @@ def test_an_entry_outside_the_logits_is_refused(instruction_set: str) -> None:
         with pytest.raises(ArgumentError, match="apply_penalties: 1 entries lie outside"):
             ops.apply_penalties(logits, rows, ids, torch.ones_like(ids), halves, halves, halves)
     assert torch.equal(logits[0], torch.ones(8))
+    for row in (2, -1):
+        with pytest.raises(ArgumentError, match="mask_bits: 1 rows lie outside"):
+            ops.mask_bits(logits, torch.tensor([row]), torch.zeros(1, 1, dtype=torch.int32))
+    assert torch.equal(logits[0], torch.ones(8))

@@ -261,7 +261,31 @@ def test_penalties_bias_and_masks_touch_only_their_entries() -> None:
     assert torch.isfinite(logits[0, :3]).all()
 
 
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 300, 1029])
+def test_bit_sets_leave_what_they_hold_of_their_rows_alone(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    wide = torch.randn(6, vocab + 7, generator=generator)
+    wide[0, 3] = math.nan
+    held = torch.rand(3, vocab, generator=generator) < torch.tensor([0.5, 0.0, 1.0])[:, None]
+    words = -(-vocab // 32)
+    padded = torch.zeros(3, words * 32, dtype=torch.int64)
+    padded[:, :vocab] = held
+    bits = (padded.view(3, words, 32) << torch.arange(32)).sum(2)
+    bits[:, -1] |= torch.tensor(-1) << (vocab - (words - 1) * 32)  # what stands behind the last token means nothing
+    rows = torch.tensor([4, 0, 2])
+    expected = wide.clone()
+    for row, kept in zip(rows.tolist(), held, strict=True):
+        expected[row, 3 : vocab + 3][~kept] = -math.inf
+    ops.mask_bits(wide[:, 3 : vocab + 3], rows, (bits << 32 >> 32).to(torch.int32))
+    assert torch.equal(wide.nan_to_num(9.0), expected.nan_to_num(9.0))
+    before = wide.clone()
+    ops.mask_bits(wide[:, 3 : vocab + 3], rows[:0], torch.zeros(0, words, dtype=torch.int32))
+    assert torch.equal(wide.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
 def test_a_wrong_shape_or_dtype_is_named() -> None:
+    with pytest.raises(ArgumentError, match="sets have 2 words, N = 32 needs 1"):
+        ops.mask_bits(torch.zeros(1, 32), torch.tensor([0]), torch.zeros(1, 2, dtype=torch.int32))
     with pytest.raises(ArgumentError, match="peaks: logits"):
         ops.peaks(torch.zeros(3))
     with pytest.raises(ArgumentError, match=r"add_bias: bias .*dtype"):

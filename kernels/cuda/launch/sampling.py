@@ -1,4 +1,4 @@
-"""Launchers of sampling (sampling.cu), with the arguments of ops/sampling.py.
+"""Launchers of sampling (sampling.cu, masks.cu), with the arguments of ops/sampling.py.
 
 Nothing here waits for the device, so entries of an edit that lie outside the logits are left out without an error.
 """
@@ -25,6 +25,7 @@ _EDIT = {
     "entries": "i64",
 }
 _EDIT_THREADS = 256
+_TOKENS_MASKED = 16  # of a row by each thread
 _DRAW_THREADS = 512  # each needs more registers than 1024 threads of a block can have
 
 
@@ -52,7 +53,18 @@ _DRAW = _kernel(
 )
 _LOG_PROBABILITIES = _kernel("sample_log_probabilities", {**_ROW, "out": "*f32"})
 _TOP_TOKENS = _kernel("sample_top_tokens", {**_ROW, "count": "i32", "values": "*f32", "ids": "*i64"})
-KERNELS = (_ADD_BIAS, _MASK_TOKENS, _APPLY_PENALTIES, _PEAKS, _DRAW, _LOG_PROBABILITIES, _TOP_TOKENS)
+_MASK_BITS = Kernel(  # in a source of its own
+    "masks.cu",
+    "sample_mask_bits",
+    {
+        "logits": "*f32",
+        **dict.fromkeys(("stride", "rows", "vocab"), "i64"),
+        "at_rows": "*i64",
+        "bits": "*i32",
+        "words": "i64",
+    },
+)
+KERNELS = (_ADD_BIAS, _MASK_TOKENS, _APPLY_PENALTIES, _PEAKS, _DRAW, _LOG_PROBABILITIES, _TOP_TOKENS, _MASK_BITS)
 
 
 # --- edits -------------------------------------------------------------------------------------------------
@@ -80,6 +92,23 @@ def apply_penalties(
 def mask_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     """See ops/sampling.py."""
     _edit(_MASK_TOKENS, logits, rows, token_ids)
+
+
+def mask_bits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """See ops/sampling.py."""
+    require("mask_bits", logits.stride(1) == 1, f"logits are edited in place, but have strides {logits.stride()}")
+    launch(
+        _MASK_BITS,
+        grid=(divide_up(logits.shape[1], _EDIT_THREADS * _TOKENS_MASKED), rows.numel()),
+        threads=_EDIT_THREADS,
+        logits=logits,
+        stride=logits.stride(0),
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        at_rows=rows.contiguous(),
+        bits=bits.contiguous(),
+        words=bits.shape[1],
+    )
 
 
 def _edit(kernel: Kernel, logits: Tensor, rows: Tensor, token_ids: Tensor, **more: Tensor) -> None:

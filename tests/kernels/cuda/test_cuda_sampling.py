@@ -187,6 +187,19 @@ def test_edits_are_the_references() -> None:
     assert torch.equal(columns, wide)
 
 
+def test_bit_sets_are_the_references() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for vocab in (1, 31, 32, 33, 5000):
+        wide = torch.randn(5, vocab + 3, generator=generator)
+        bits = torch.randint(-(2**31), 2**31, (3, -(-vocab // 32)), generator=generator).to(torch.int32)
+        rows, expected = torch.tensor([4, 0, 2]), wide.clone()
+        ops.mask_bits(wide[:, 2 : vocab + 2], rows, bits)
+        ref.mask_bits(expected[:, 2 : vocab + 2], rows, bits)
+        assert torch.equal(wide, expected)
+    ops.mask_bits(wide[1:3, 2 : vocab + 2], torch.tensor([-1, 2, 2**40]), torch.zeros_like(bits))
+    assert torch.equal(wide, expected)
+
+
 def test_entries_outside_the_logits_change_nothing() -> None:
     wide = torch.ones(4, 12)
     rows, ids = torch.tensor([2, 0, -1, 0, 2**40]), torch.tensor([0, 8, 0, -1, 3])
