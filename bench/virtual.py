@@ -92,7 +92,7 @@ class JumpingScheduler(Scheduler):
             request.tenant.counter += num_steps * request.tenant.token_charge
             self._deltas.append(TokenDelta(*request.key, new, None, None))
         self._num_steps += num_steps
-        self._output_tokens += num_steps * len(self._running)
+        self._accounts.output_tokens += num_steps * len(self._running)
         accounts.computed_tokens += num_steps * len(self._running)
         accounts.sequence_steps += num_steps * len(self._running)
         return grown

@@ -32,12 +32,33 @@ class Accounts:
 
     def __init__(self) -> None:
         self.computed_tokens = self.recomputed_tokens = self.sequence_steps = 0
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = self.preemptions = 0
         self._kv_ticks = 0
 
     @property
     def kv_block_s(self) -> float:
         """Blocks times seconds, up to each sequence's last change of blocks."""
         return self._kv_ticks / TICKS_PER_S
+
+    def stats(
+        self, *, running: int, waiting: int, waiting_tokens: int, steps: int, finished: int
+    ) -> SchedulerStats:
+        """The counters, with gauges and counters that are the scheduler's."""
+        return SchedulerStats(
+            running=running,
+            waiting=waiting,
+            waiting_tokens=waiting_tokens,
+            steps=steps,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.output_tokens,
+            preemptions=self.preemptions,
+            finished=finished,
+            computed_tokens=self.computed_tokens,
+            recomputed_tokens=self.recomputed_tokens,
+            sequence_steps=self.sequence_steps,
+            kv_block_s=self.kv_block_s,
+        )
 
     def begin(self, request: Request, now: float) -> None:
         """Note an admission: what the sequence found computed, and since when it holds blocks."""

@@ -1,11 +1,11 @@
-"""Who waits, in which order: a heap that allows removal, and the gate that holds siblings back."""
+"""Who waits, in which order: a heap that allows removal, and the gates that hold newcomers back."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
 
-from cierzo.scheduler.plan import RequestKey
+from cierzo.scheduler.plan import Constraint, RequestKey
 from cierzo.scheduler.request import Request
 
 HeapEntry = tuple[float, int, Request]
@@ -55,6 +55,39 @@ class RequestHeap:
             self._heap = list(self._live.values())
             heapq.heapify(self._heap)
         return True
+
+
+class GrammarGate:
+    """Sequences that are held until their grammars are made."""
+
+    def __init__(self) -> None:
+        self._held: dict[RequestKey, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: RequestKey) -> bool:
+        return key in self._held
+
+    def enter(self, request: Request) -> None:
+        """Hold a newcomer."""
+        self._held[request.key] = request
+
+    def made(self, key: RequestKey, constraint: Constraint) -> Request | None:
+        """Let go of a sequence; None if it is over, or has its key from one that is."""
+        request = self._held.get(key)
+        if request is None or request.new.constraint is not constraint:
+            return None
+        return self._held.pop(key)
+
+    def ended(self, request: Request) -> None:
+        """Forget a request, if it is held."""
+        self._held.pop(request.key, None)
+
+    def check(self, live: dict[RequestKey, Request]) -> None:
+        """Assert that whoever is held lives."""
+        for key, request in self._held.items():
+            assert live.get(key) is request, f"{key} is held, and dead"
 
 
 class SiblingGate:

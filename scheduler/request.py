@@ -12,7 +12,7 @@ import msgspec
 from cierzo.cache.manager import SequenceBlocks
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Admission, Finish, FinishReason, GrammarState, RequestKey, Scoring, SeqPlan
-from cierzo.scheduler.stop import StopReason, StopRule
+from cierzo.scheduler.stop import StopReason, StopRule, stop_rule
 
 if TYPE_CHECKING:
     from cierzo.scheduler.tenants import Tenant
@@ -35,8 +35,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     `output_token_ids` resumes: tokens generated before, which count as output and are not delivered again.
     `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock. `banned`, `thinking`: as in
     Admission; no decision here depends on them. `weight`: of the tenant, from now on. Requests of different `salt`
-    share no block. `num_scored`: log-probabilities of the prompt that an earlier run has delivered. `constraint`: of
-    one with a grammar, which is held until `Scheduler.release`.
+    share no block. `num_scored`: log-probabilities of the prompt that an earlier run has delivered. `constraint`:
+    of one with a grammar, which is held until `Scheduler.release`.
     """
 
     request_id: int
@@ -139,16 +139,69 @@ class Request:
     first_token_at: float | None = None  # first token of this run; resumed ones came before
     spent: Spent = field(default_factory=Spent)
 
+    @classmethod
+    def of(
+        cls,
+        new: NewRequest,
+        tokens: list[int],
+        blocks: SequenceBlocks,
+        tenant: Tenant,
+        order: tuple[float, int],
+        arrived_at: float,
+        max_model_len: int,
+    ) -> Request:
+        """A sequence as it arrives. tokens: its prompt, and what it comes with of its output."""
+        num_prompt_tokens = len(new.prompt_token_ids)
+        return cls(
+            key=(new.request_id, new.sample),
+            new=new,
+            tokens=tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            blocks=blocks,
+            stop=stop_rule(new.sampling, new.eos_token_ids, num_prompt_tokens, max_model_len),
+            order=order,
+            arrived_at=arrived_at,
+            tenant=tenant,
+            num_scored=new.num_scored,
+            grammar=None if new.constraint is None else "open",
+        )
+
     def move(self, state: State) -> None:
         """Change state; an illegal move is a bug of the scheduler."""
         assert state in LEGAL_MOVES[self.state], f"request {self.key}: {self.state} -> {state}"
         self.state = state
 
-    def complete(self) -> StopReason | None:
-        """Why it needs no token more than those that it came with, if that is so."""
+    def complete(self) -> tuple[StopReason | None, int | None]:
+        """Why it needs no token more than those that it came with, if that is so, and the token that ended it."""
+        reason: StopReason | None = "length" if len(self.tokens) >= self.stop.limit_tokens else None
         if self.new.output_token_ids:
-            return self.stop.check(self.tokens[-1], len(self.tokens))
-        return "length" if len(self.tokens) >= self.stop.limit_tokens else None
+            reason = self.stop.check(self.tokens[-1], len(self.tokens))
+        if reason == "stop":
+            return reason, self.tokens[-1]
+        return "stop" if self.grammar == "ended" else reason, None
+
+    def wait_for_mask(self) -> None:
+        """Note that a step computed its last known token, and chose none, as the mask for it was not there."""
+        self.is_late, self.num_planned, self.num_pending = True, self.num_computed, 0
+        self.spent.other_steps += 1
+
+    def has_mask(self) -> bool:
+        """Whether the mask is there now that was late."""
+        self.is_late = not self.new.constraint.settle()
+        return not self.is_late
+
+    def take(self, new: list[int]) -> tuple[int, StopReason | None, int | None]:
+        """Append sampled tokens up to the one that ends the sequence: how many, why it ends, and the token that
+        ended it, if one did. A grammar that has ended ends it too."""
+        tokens, check = self.tokens, self.stop.check
+        for count, token_id in enumerate(new, 1):
+            tokens.append(token_id)
+            reason = check(token_id, len(tokens))
+            if reason == "stop":
+                return count, reason, token_id
+            if reason is not None or self.grammar == "ended":
+                return count, "stop" if self.grammar == "ended" else reason, None
+        return len(new), None, None
 
     @property
     def is_scored(self) -> bool:
@@ -182,6 +235,14 @@ class Request:
             admission=self.admission() if admitted else None,
             scoring=self.scoring(start, start + count),
         )
+
+    def revised(self, seq: SeqPlan) -> SeqPlan | None:
+        """A plan of it that is to be run again, with the tokens that are known by now; None if it was preempted
+        since (its blocks may be another's), or if no token was chosen to go on with."""
+        token_ids = self.tokens[seq.start : seq.start + len(seq.token_ids)]
+        if self.epoch != seq.epoch or len(token_ids) < len(seq.token_ids):
+            return None
+        return msgspec.structs.replace(seq, token_ids=token_ids)
 
     def check(self) -> None:
         """Assert what holds of it in its state."""

@@ -25,9 +25,8 @@ from cierzo.scheduler.plan import (
     TokenDelta,
     TokenLogprobs,
 )
-from cierzo.scheduler.queue import RequestHeap, SiblingGate
+from cierzo.scheduler.queue import GrammarGate, RequestHeap, SiblingGate
 from cierzo.scheduler.request import DuplicateRequest, NewRequest, QueueFull, Request, State
-from cierzo.scheduler.stop import stop_rule
 from cierzo.scheduler.tenants import Tenants, Turns
 
 
@@ -59,14 +58,12 @@ class Scheduler:
         self._running: dict[RequestKey, Request] = {}  # in admission order
         self._tenants = Tenants(config.max_running, cache.num_blocks)
         self._gate = SiblingGate()
-        self._held: dict[RequestKey, Request] = {}  # their grammars are being made
+        self._grammar_gate = GrammarGate()
         self._deadlines = RequestHeap()
         self._free_slots = list(range(config.max_running - 1, -1, -1))  # a stack
         self._deltas: list[TokenDelta] = []
-        self._num_arrivals = self._num_epochs = self._num_steps = 0
+        self._num_arrivals = self._num_epochs = self._num_steps = self.num_finished = 0
         self._blocked = False  # whoever waits found no room, and nothing has changed since
-        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
-        self._num_preemptions = self.num_finished = 0
         self._accounts, self._cost, self._predicted_s = Accounts(), cost, 0.0
 
     def reprice(self, cost: StepCost) -> None:
@@ -80,26 +77,13 @@ class Scheduler:
 
         Raises QueueFull, DuplicateRequest; ValueError as of NewRequest.require.
         """
-        key = (new.request_id, new.sample)
-        self._refuse(new, key)
-        config = self._config
-        num_prompt_tokens = len(new.prompt_token_ids)
+        self._refuse(new)
         tokens = [*new.prompt_token_ids, *new.output_token_ids]
         arrived_at = self._clock() if new.arrival_s is None else new.arrival_s
-        order = policy.waiting_order(arrived_at, new.priority, config.priority_aging_s, self._num_arrivals)
-        request = Request(
-            key=key,
-            new=new,
-            tokens=tokens,
-            num_prompt_tokens=num_prompt_tokens,
-            blocks=self._cache.open(tokens, num_prompt_tokens, new.salt),
-            stop=stop_rule(new.sampling, new.eos_token_ids, num_prompt_tokens, config.max_model_len),
-            tenant=self._tenants.arrive(new.tenant, new.weight),
-            order=order,
-            arrived_at=arrived_at,
-            num_scored=new.num_scored,
-            grammar=None if new.constraint is None else "open",
-        )
+        order = policy.waiting_order(arrived_at, new.priority, self._config.priority_aging_s, self._num_arrivals)
+        blocks = self._cache.open(tokens, len(new.prompt_token_ids), new.salt)
+        tenant = self._tenants.arrive(new.tenant, new.weight)
+        request = Request.of(new, tokens, blocks, tenant, order, arrived_at, self._config.max_model_len)
         self._num_arrivals += 1
         self._live.setdefault(new.request_id, {})[new.sample] = request
         if new.constraint is None and self._ends_on_arrival(request):
@@ -107,16 +91,15 @@ class Scheduler:
         if new.deadline_at_s is not None:
             self._deadlines.push(request, (new.deadline_at_s, order[1]))
         if new.constraint is not None:
-            self._held[request.key] = request
+            self._grammar_gate.enter(request)
         else:
             self._arrive(request)
 
     def release(self, key: RequestKey, constraint: Constraint) -> None:
         """Let a sequence queue whose grammar is made, or end it as that says. Nothing happens if it is over."""
-        request = self._held.get(key)
-        if request is None or request.new.constraint is not constraint:
+        request = self._grammar_gate.made(key, constraint)
+        if request is None:
             return
-        del self._held[key]
         request.grammar = constraint.state
         if constraint.error:
             self._finish(request, "failed", constraint.error)
@@ -126,7 +109,7 @@ class Scheduler:
     @property
     def is_held_up(self) -> bool:
         """Whether there are sequences, and all that could go on wait for their grammars or a mask."""
-        return bool(self._live) and all(one.is_late or one.key in self._held for one in self.requests())
+        return bool(self._live) and all(one.is_late or one.key in self._grammar_gate for one in self.requests())
 
     def abort(self, request_id: int, sample: int | None = None, reason: FinishReason = "cancelled") -> int:
         """End one sample, or all of a request, now: how many ended. Unknown ones (already over) count nothing."""
@@ -151,21 +134,13 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Gauges and counters of this moment."""
-        accounts, live = self._accounts, [*self._running.values(), *self._tenants.waiting()]
-        return SchedulerStats(
+        live = [*self._running.values(), *self._tenants.waiting()]
+        return self._accounts.stats(
             running=len(self._running),
             waiting=self._num_waiting,
             waiting_tokens=sum(len(one.tokens) - one.num_computed for one in live),
             steps=self._num_steps,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            output_tokens=self._output_tokens,
-            preemptions=self._num_preemptions,
             finished=self.num_finished,
-            computed_tokens=accounts.computed_tokens,
-            recomputed_tokens=accounts.recomputed_tokens,
-            sequence_steps=accounts.sequence_steps,
-            kv_block_s=accounts.kv_block_s,
         )
 
     # --- one step ----------------------------------------------------------------------------------------------
@@ -177,7 +152,7 @@ class Scheduler:
         """
         now = self._clock()
         self._expire(now)
-        preemptions = self._num_preemptions
+        preemptions = self._accounts.preemptions
         decodes, prefills, num_pending = self._plan_decodes()
         if prefills:
             prefills = [request for request in prefills if request.state is State.RUNNING]
@@ -186,7 +161,7 @@ class Scheduler:
         budget = StepBudget(self._config, self._cost, decodes.values(), context, len(prefills))
         # after a preemption there is no room, and nobody is admitted
         if prefills or self._tenants.num_waiting:
-            self._plan_prompts(prefills, budget, now, admits=preemptions == self._num_preemptions)
+            self._plan_prompts(prefills, budget, now, admits=preemptions == self._accounts.preemptions)
         seqs = budget.seqs
         ahead = num_pending > 0 and PENDING in [seq.token_ids[-1] for seq in seqs]
         self._num_steps += 1
@@ -223,8 +198,7 @@ class Scheduler:
             if seq.scoring is not None:
                 self._score(request, seq.scoring, result.prompt_logprobs[index])
             if is_late:
-                request.is_late, request.num_planned, request.num_pending = True, computed, 0
-                request.spent.other_steps += 1
+                request.wait_for_mask()
             elif seq.samples:
                 if request.grammar is not None:
                     request.grammar = result.grammars[index]
@@ -236,18 +210,11 @@ class Scheduler:
         self._expire(now)
 
     def revise(self, plan: StepPlan) -> StepPlan:
-        """A plan that has to be run again, once every plan before it is committed.
-
-        Sequences that ended or were preempted since are left out: their blocks may be another's. Tokens that were
-        PENDING are known by now; a sequence that was late got none, and is left out too.
-        """
-        seqs = []
-        for seq in plan.seqs:
-            request = self._running.get(seq.key)
-            if request is not None and request.epoch == seq.epoch:
-                token_ids = request.tokens[seq.start : seq.start + len(seq.token_ids)]
-                if len(token_ids) == len(seq.token_ids):  # else the step before chose none
-                    seqs.append(msgspec.structs.replace(seq, token_ids=token_ids))
+        """A plan that has to be run again, once every plan before it is committed: of what still runs, with the
+        tokens that were PENDING. A sequence that was late got none, and is left out."""
+        running = ((self._running.get(seq.key), seq) for seq in plan.seqs)
+        revised = (request.revised(seq) for request, seq in running if request is not None)
+        seqs = [seq for seq in revised if seq is not None]
         return StepPlan(plan.step, seqs, sum(len(seq.token_ids) for seq in seqs))
 
     def check(self) -> None:
@@ -258,11 +225,11 @@ class Scheduler:
             assert places == (request.state is State.WAITING, request.state is State.RUNNING), request
             request.check()
         assert len(live) == len(self._running) + self._num_waiting, live
-        assert all(live.get(key) is request for key, request in self._held.items()), "a dead request is held"
         slots = [*self._free_slots, *(request.slot for request in self._running.values())]
         assert sorted(slots) == list(range(self._config.max_running)), f"slots {slots}"
         assert all(live.get(request.key) is request for request in self._deadlines), "a dead request has a deadline"
         self._gate.check(live)
+        self._grammar_gate.check(live)
         self._tenants.check(live.values(), self._running.values())
         self._cache.check(request.blocks for request in self._running.values())
 
@@ -270,25 +237,21 @@ class Scheduler:
 
     @property
     def _num_waiting(self) -> int:
-        return self._tenants.num_waiting + len(self._gate) + len(self._held)
+        return self._tenants.num_waiting + len(self._gate) + len(self._grammar_gate)
 
-    def _refuse(self, new: NewRequest, key: RequestKey) -> None:
+    def _refuse(self, new: NewRequest) -> None:
         """Raise if the sequence cannot be accepted."""
-        config = self._config
         if new.sample in self._live.get(new.request_id, {}):
-            raise DuplicateRequest(f"request {key} is still alive")
-        new.require(config.max_model_len)
-        if self._num_waiting >= config.max_waiting:
-            raise QueueFull(f"{config.max_waiting} sequences are waiting (max_waiting)")
+            raise DuplicateRequest(f"request {(new.request_id, new.sample)} is still alive")
+        new.require(self._config.max_model_len)
+        if self._num_waiting >= self._config.max_waiting:
+            raise QueueFull(f"{self._config.max_waiting} sequences are waiting (max_waiting)")
 
     def _ends_on_arrival(self, request: Request) -> bool:
         """A resumed sequence may be complete already, and a prompt may leave no room for a token."""
-        reason = request.complete()
+        reason, stop_token_id = request.complete()
         if reason is not None:
-            self._finish(request, reason, stop_token_id=request.tokens[-1] if reason == "stop" else None)
-        elif request.grammar == "ended":
-            reason = "stop"
-            self._finish(request, reason)
+            self._finish(request, reason, stop_token_id=stop_token_id)
         return reason is not None
 
     def _arrive(self, request: Request) -> None:
@@ -323,10 +286,8 @@ class Scheduler:
             if request.state is not State.RUNNING:
                 continue  # preempted by one before it
             start, tokens, blocks = request.num_planned, request.tokens, request.blocks
-            if request.is_late:
-                if not request.new.constraint.settle():
-                    continue
-                request.is_late = False
+            if request.is_late and not request.has_mask():
+                continue
             pending = request.num_pending
             all_pending += pending
             num_tokens = len(tokens) + pending
@@ -457,8 +418,8 @@ class Scheduler:
         if request.admitted_at is None:
             request.admitted_at = now
             request.num_cached_prompt_tokens = min(cached_tokens, request.num_prompt_tokens)
-            self._prompt_tokens += request.num_prompt_tokens
-            self._cached_tokens += request.num_cached_prompt_tokens
+            self._accounts.prompt_tokens += request.num_prompt_tokens
+            self._accounts.cached_tokens += request.num_cached_prompt_tokens
 
     # --- taking in ---------------------------------------------------------------------------------------------
 
@@ -473,24 +434,15 @@ class Scheduler:
         if request.first_token_at is None:
             self._first_token(request, now)
         request.num_pending -= 1
-        tokens, check, stops = request.tokens, request.stop.check, True
-        for count, token_id in enumerate(new, 1):
-            tokens.append(token_id)
-            reason = check(token_id, len(tokens))
-            if request.grammar == "ended" and reason != "stop":
-                reason, stops = "stop", False
-            if reason is not None:
-                self._output_tokens += count
-                request.spent.other_steps += 1 - count
-                logprobs = None if logprobs is None else logprobs[:count]
-                stop_token_id = token_id if reason == "stop" and stops else None
-                self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
-                return
-        self._output_tokens += count
+        count, reason, stop_token_id = request.take(new)
+        self._accounts.output_tokens += count
         if count > 1:
             request.spent.other_steps += 1 - count
-        request_id, sample = request.key
-        self._deltas.append(TokenDelta(request_id, sample, new, logprobs, None))
+        if reason is None:
+            self._deltas.append(TokenDelta(*request.key, new, logprobs, None))
+        else:
+            logprobs = None if logprobs is None else logprobs[:count]
+            self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
 
     def _first_token(self, request: Request, now: float) -> None:
         request.first_token_at = now
@@ -504,7 +456,7 @@ class Scheduler:
         self._leave_slot(request)
         request.move(State.WAITING)
         request.num_preemptions += 1
-        self._num_preemptions += 1
+        self._accounts.preemptions += 1
         self._tenants.wait(request)
 
     def _leave_slot(self, request: Request) -> None:
@@ -533,7 +485,7 @@ class Scheduler:
         request.move(State.ENDED)
         self._tenants.discard(request)
         self._deadlines.discard(request)
-        self._held.pop(request.key, None)
+        self._grammar_gate.ended(request)
         self._tenants.leave(request.tenant)
         request_id, sample = request.key
         samples = self._live[request_id]

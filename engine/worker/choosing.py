@@ -6,7 +6,7 @@ others are chosen for once the step before is collected: that gives the tokens w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Choosing:
-    """The choice of a step's M tokens, in one part or two.
+    """Choice of a step's M tokens, in one part or two.
 
-    logits fp32 [M,N], which stay until the next step is launched; row i is for the sequence in slots[i], at position
-    positions[i]. pending: rows whose last token is one that the step before chooses. constraints: by row, of those
-    with a grammar.
+    logits fp32 [M,N], which stay until the next step is launched; row i is for the sequence in slots[i], at
+    position positions[i]. pending: rows whose last token is one that the step before chooses. constraints: by row,
+    of those with a grammar.
     """
 
     def __init__(

@@ -263,9 +263,11 @@ class FakeRunner:
                 output.clear()
             constraint: Constraint | None = admission.constraint
             if constraint is not None:
-                constraint.admit((*output,))
-                await_masks([constraint])
-                if not constraint.settle() or constraint.state == "ended" or seq.slot in late_slots & pending:
+                is_behind_late = seq.slot in late_slots & pending
+                if not is_behind_late:
+                    constraint.admit((*output,))
+                    await_masks([constraint])
+                if is_behind_late or not constraint.settle() or constraint.state == "ended":
                     self._late_slots.add(seq.slot)
                     continue
                 if constraint.error:
@@ -294,7 +296,8 @@ def _permitted(masks: Masks, constraint: Constraint | None, token: int, vocab_si
     candidates: Sequence[int] = masks.allowed.tolist() or range(vocab_size)
     if constraint is not None:
         held = np.unpackbits(constraint.mask.view(np.uint8), bitorder="little")[:vocab_size]
-        candidates = [one for one in np.flatnonzero(held).tolist() if not masks.allowed.size or one in masks.allowed]
+        bound = np.flatnonzero(held)
+        candidates = (np.intersect1d(bound, masks.allowed) if masks.allowed.size else bound).tolist()
     if not candidates:
         return None
     banned = {*masks.banned(pending=False)[0].tolist()}

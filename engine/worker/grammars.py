@@ -1,9 +1,9 @@
 """Grammars in the core: matchers that follow what sequences generate, and masks of the tokens that may come next.
 
 A `Constraint` is one sequence's. Its matcher is made by a thread, while the sequence is held; the mask of the next
-token too, as soon as the last one is known. The core's loop only feeds tokens to matchers, which takes a microsecond
-each. Nobody waits for a slow mask: a sequence whose mask is not there when its step chooses tokens gets none from that
-step, and has its last row computed again.
+token too, as soon as the last one is known. The core's loop only feeds tokens to matchers, which takes a
+microsecond each. Nobody waits for a slow mask: a sequence whose mask is not there when its step chooses tokens gets
+none from that step, and has its last row computed again.
 
     hold ─ thread: matcher, output so far, first mask ─▶ made ─▶ admit ─▶ follow(token) ─ thread: mask ─▶ ...
 """
@@ -49,11 +49,11 @@ Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 class Constraint:
-    """The grammar of one sequence: what it has followed of the output, and which tokens may come next.
+    """Grammar of one sequence: what it has followed of the output, and which tokens may come next.
 
-    `mask`: int32 [ceil(N/32)], a bit for each token; it holds while `is_ready`. `state`: what the grammar says of the
-    output so far. `error`: why it cannot go on, empty as long as it can. A matcher panics by a BaseException of its
-    own: whatever it raises is this sequence's own failure.
+    `mask`: int32 [ceil(N/32)], a bit for each token; it holds while `is_ready`. `state`: what the grammar says of
+    the output so far. `error`: why it cannot go on, empty as long as it can. A matcher panics by a BaseException of
+    its own: whatever it raises is this sequence's own failure.
     """
 
     def __init__(self, makers: Makers) -> None:
@@ -67,6 +67,11 @@ class Constraint:
         self._matcher: LLMatcher | None = None
         self._followed = array("I")
         self._wanted: Sequence[int] | None = None  # the output that it is to stand at, once no thread has it
+
+    @property
+    def num_followed(self) -> int:
+        """Tokens of the output that it has followed."""
+        return len(self._followed)
 
     def admit(self, output: Sequence[int]) -> None:
         """Begin anew behind an output: what a step chose that was dropped is taken back."""
@@ -116,7 +121,7 @@ class Constraint:
     def _fill(self, matcher: LLMatcher) -> None:
         matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
         if matcher.is_error():
-            raise ValueError(_first_line(matcher.get_error()))
+            raise ValueError(_told(matcher.get_error()))
         if not self.mask.any():
             raise ValueError("no token may come next")
 
@@ -128,7 +133,7 @@ class Constraint:
             for start in range(0, len(token_ids), CONSUMED_AT_ONCE):  # each holds the interpreter
                 some = [*token_ids[start : start + CONSUMED_AT_ONCE]]
                 if not matcher.consume_tokens(some):
-                    raise ValueError(_first_line(matcher.get_error()))
+                    raise ValueError(_told(matcher.get_error()))
                 self._followed.extend(some)
 
         self._guarded(consume)
@@ -137,7 +142,7 @@ class Constraint:
     def _read_state(self) -> None:
         def read(matcher: LLMatcher) -> None:
             if matcher.is_error():
-                raise ValueError(_first_line(matcher.get_error()))
+                raise ValueError(_told(matcher.get_error()))
             self.state = "ended" if matcher.is_stopped() else "may end" if matcher.is_accepting() else "open"
 
         if not self.error:
@@ -258,11 +263,11 @@ class Makers:
         before = threading.stack_size(MAKING_STACK_BYTES)
         try:
             for number in range(MAKING_THREADS):
-                threading.Thread(target=_work, args=(self._makings, _NICE), name=f"grammar-{number}", daemon=True).start()
+                _start(f"grammar-{number}", self._makings, _NICE)
         finally:
             threading.stack_size(before)
         for number in range(num_maskers):
-            threading.Thread(target=_work, args=(self._masks, 0), name=f"mask-{number}", daemon=True).start()
+            _start(f"mask-{number}", self._masks, 0)
         weakref.finalize(self, _end_threads, [(self._makings, MAKING_THREADS), (self._masks, num_maskers)])
 
     # --- in threads ---
@@ -296,9 +301,9 @@ class Makers:
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():
-            raise ValueError(_first_line(matcher.get_error()))
+            raise ValueError(_told(matcher.get_error()))
         if not mask.any():
-            raise ValueError("no token may come first")
+            raise ValueError("no token may come next")
         if time.perf_counter() - start < KEPT_BELOW_S:
             copy = matcher.deep_copy()
             with self._lock:
@@ -311,8 +316,8 @@ class Makers:
 def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> set[int]:
     """Tell constraints the tokens that were chosen for them, and have the masks of the next ones made.
 
-    It takes the interpreter's time: once that is spent, others are not told. Their indices are returned: their tokens
-    count as not chosen, and will be chosen again.
+    It takes the interpreter's time: once that is spent, others are not told. Their indices are returned: their
+    tokens count as not chosen, and will be chosen again.
     """
     untold, behind, spent_s = set[int](), [], 0.0
     for index, (constraint, token_id) in enumerate(chosen):
@@ -324,7 +329,8 @@ def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> set[int]:
         took_s = time.thread_time() - start
         spent_s += took_s
         if took_s > FOLLOWED_WITHIN_S:
-            constraint.fail(f"a token took {took_s * 1e3:.0f} ms to follow, more than {FOLLOWED_WITHIN_S * 1e3:.0f}")
+            most_ms = FOLLOWED_WITHIN_S * 1e3
+            constraint.fail(f"a token took {took_s * 1e3:.0f} ms to follow, more than {most_ms:.0f}")
         elif needs_mask:
             behind.append(constraint)
     if behind:
@@ -335,11 +341,17 @@ def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> set[int]:
 def await_masks(constraints: Collection[Constraint]) -> None:
     """Wait until the masks of all are there, but no longer than MASK_WAIT_S."""
     give_up_s = time.monotonic() + MASK_WAIT_S
-    while not all([one.settle() for one in constraints]) and (left_s := give_up_s - time.monotonic()) > 0:
-        next(iter(constraints)).makers.wait(left_s)
+    while (late := [one for one in constraints if not one.settle()]) and (
+        left_s := give_up_s - time.monotonic()
+    ) > 0:
+        late[0].makers.wait(left_s)
 
 
 _NO_WORDS: Words = np.zeros(0, np.int32)
+
+
+def _start(name: str, jobs: Jobs, nice: int) -> None:
+    threading.Thread(target=_work, args=(jobs, nice), name=name, daemon=True).start()
 
 
 def _work(jobs: Jobs, nice: int) -> None:
@@ -361,5 +373,8 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
-def _first_line(message: str) -> str:
-    return message.partition("\n<")[0].strip() or "it cannot go on"
+def _told(message: str) -> str:
+    """A message of llguidance's, without what it knows of the parser. "NoExtensionBias" is said where a text could go
+    on, and no token of the vocabulary could stand there."""
+    message = message.partition("\n<")[0].strip()
+    return "no token may come next" if message in ("", "NoExtensionBias") else message

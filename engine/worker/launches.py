@@ -30,6 +30,7 @@ from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.positions import Positions
 from cierzo.engine.parameters import Parameter, Shard
 from cierzo.engine.weights.matrices import DeviceMatrices
+from cierzo.engine.worker.grammars import Constraint, Makers
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.engine.worker.scoring import BLOCK_ROWS
 from cierzo.engine.worker.staging import Staging
@@ -225,7 +226,10 @@ def _sample(sequences: list[SamplingParams], vocab_size: int) -> None:
     count = len(sequences)
     sampler = Sampler(count, META, _MetaStaging())
     for slot, params in enumerate(sequences):
-        sampler.admit(slot, 0, Admission(params, (1, 2), (3,), ()))
+        constraint = Constraint(Makers()) if params.temperature else None
+        if constraint is not None:
+            constraint.mask = np.zeros(-(-vocab_size // 32), np.int32)
+        sampler.admit(slot, 0, Admission(params, (1, 2), (3,), (), constraint=constraint))
     logits = torch.empty(count, vocab_size, dtype=torch.float32, device=META)
     for pending in ((), range(count)):
         sampler.launch(logits, [*range(count)], [3] * count, pending)

@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was launched: how many sequences its plan has, which of them sample, their slots, and the functions
-    that wait for their tokens, that count the step's experts, if they are counted, and that wait for prompts' scores."""
+    """A step that was launched: how many sequences its plan has, which of them sample, their slots, and the
+    functions that wait for their tokens, that count the step's experts, if they are counted, and that wait for
+    prompts' scores."""
 
     number: int
     num_seqs: int
@@ -231,7 +232,9 @@ class ModelRunner:
         positions = [seq.start + len(seq.token_ids) for seq in sampling]
         sampled: Callable[[], Sampled] = Sampled([]).itself
         choosing = None
-        pending = {row for row, seq in enumerate(sampling) if seq.token_ids[-1] == PENDING} if self._overlap else set()
+        pending = set[int]()
+        if self._overlap:
+            pending = {row for row, seq in enumerate(sampling) if seq.token_ids[-1] == PENDING}
         if constraints := self._sampler.constraints(slots):
             choosing = Choosing(self._sampler, logits, slots, positions, pending, constraints)
             sampled = choosing.sampled if self._overlap else choosing.all

@@ -34,9 +34,9 @@ _KEYS = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position")
 class Sampled:
     """Sampled tokens, an entry for each row of logits.
 
-    failures: by row, why its token means nothing. late: rows whose token was not chosen, as their mask was not there.
-    followers: those that are still to be told their row's token, see `remember`; constraints: the same, by row, with
-    the number of the admission that they are of.
+    failures: by row, why its token means nothing. late: rows whose token was not chosen, as their mask was not
+    there. followers: those that are still to be told their row's token, see `remember`; constraints: the same, by
+    row, with the number of the admission that they are of.
     """
 
     token_ids: list[int]
@@ -230,7 +230,8 @@ class Sampler:
             results["own"] = scores.gather(1, token_ids[arrays["reports"]][:, None])[:, 0]
             results["top"], results["top_ids"] = ops.top_tokens(scores, max(counts))
         followers = [(row, follower) for row, edit in edits for follower in edit.followers]
-        constraints = {row: (one, one.num_admissions) for row, edit in edits if (one := edit.constraint) is not None}
+        bound = [(row, edit.constraint) for row, edit in edits if edit.constraint is not None]
+        constraints = {row: (constraint, constraint.num_admissions) for row, constraint in bound}
         edited = [row for row, _ in edits]
         host_results = _on_host(results, staging)
         return _Launched(host_results, edited, reports.tolist(), counts, followers, constraints).sampled

@@ -75,8 +75,8 @@ def mask_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
 def mask_bits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     """logits[rows[g], id] = -inf where bit id of set g is 0, in place.
 
-    logits fp32 [M,N]; rows int64 [G]; bits int32 [G, ceil(N/32)]: token id has bit id % 32, from the lowest, of word
-    id // 32. Bits behind the last token mean nothing. G may be 0.
+    logits fp32 [M,N]; rows int64 [G]; bits int32 [G, ceil(N/32)]: token id has bit id % 32, from the lowest, of
+    word id // 32. Bits behind the last token mean nothing. G may be 0.
     """
     named = check.sizes("mask_bits", logits=(logits, "M N"), rows=(rows, "G"), bits=(bits, "G W"))
     check.dtype("mask_bits", torch.float32, logits=logits)

@@ -21,6 +21,7 @@ WORKER = (
     *("engine.cost", "cache", "scheduler", "engine.worker"),
     *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
     *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines"),
+    *("engine.text.grammar_limits", "engine.text.token_table"),
 )
 MESSAGES = ("engine.messages", "engine.expert_statistics", "engine.errors")
 CLIENT = (

@@ -11,7 +11,14 @@ from cierzo.engine.messages import Vocabulary
 from cierzo.engine.text.token_table import grammar_tokenizer
 
 VOCAB, CONTROL, EOS = 40, 38, 39
-TOKENS = [*(bytes([97 + index]) for index in range(26)), *(b"%d" % digit for digit in range(10)), b'"', b"ab", b"", b""]
+TOKENS = [
+    *(bytes([97 + index]) for index in range(26)),
+    *(b"%d" % digit for digit in range(10)),
+    b'"',
+    b"ab",
+    b"",
+    b"",
+]
 VOCABULARY = Vocabulary(tokens=TOKENS, control_ids=[CONTROL], eos_token_ids=[EOS])
 FREE = '%llguidance {"no_forcing": true}\n'  # any spelling of a text in tokens will do
 
