@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.errors import refusal
-from cierzo.engine.messages import FinishReason, SamplingParams, ThinkingBudget
+from cierzo.engine.messages import FinishReason, SamplingParams, ThinkingBudget, Vocabulary
 
-FORMAT = 2
+FORMAT = 3
 SIZE_BYTES = 8
 DIGEST_BYTES = 8  # of a piece of a sequence
 STEP_TAG = "s"
@@ -54,6 +54,12 @@ class Header(Record, frozen=True, tag="h"):
     format: int = FORMAT
 
 
+class Known(Record, frozen=True, tag="v"):
+    """The vocabulary that grammars are about, before the first record of a segment that has one."""
+
+    vocabulary: Vocabulary
+
+
 class Open(Record, frozen=True, tag="o"):
     """A request in flight when a segment began: its lengths, its progress, and its tokens if they are recorded.
 
@@ -61,7 +67,7 @@ class Open(Record, frozen=True, tag="o"):
     Their key was of the core process alone: they tell which pieces are equal, and nothing else. Empty: there was no
     room. banned: the sequences that the output may not hold, if tokens are recorded; banned_digest: else. salt: of
     the prefix cache; a digest of it where tokens are not recorded. num_scored: log-probabilities of the prompt that
-    were delivered.
+    were delivered. grammar: if tokens are recorded; is_held: its matcher is not made yet, see Released.
     """
 
     request_id: int
@@ -82,6 +88,14 @@ class Open(Record, frozen=True, tag="o"):
     weight: float = 1.0
     salt: bytes = b""
     num_scored: int = 0
+    grammar: str = ""
+    is_held: bool = False
+
+
+class Released(Record, frozen=True, tag="r"):
+    """The matchers of a request's grammar are made: from now on its samples queue."""
+
+    request_id: int
 
 
 class Submitted(Record, frozen=True, tag="c"):
@@ -105,6 +119,8 @@ class Submitted(Record, frozen=True, tag="c"):
     weight: float = 1.0
     salt: bytes = b""
     num_scored: int = 0
+    grammar: str = ""
+    is_held: bool = False
 
 
 class Aborted(Record, frozen=True, tag="a"):
@@ -150,7 +166,7 @@ class Failed(Record, frozen=True, tag="f"):
     message: str
 
 
-AnyRecord = Kept | Header | Open | Submitted | Aborted | Step | Tokens | Ended | Failed
+AnyRecord = Kept | Header | Known | Open | Submitted | Released | Aborted | Step | Tokens | Ended | Failed
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(AnyRecord).decode
 

@@ -66,18 +66,16 @@ class GrammarGate:
     def __len__(self) -> int:
         return len(self._held)
 
-    def __contains__(self, key: RequestKey) -> bool:
-        return key in self._held
-
     def enter(self, request: Request) -> None:
         """Hold a newcomer."""
-        self._held[request.key] = request
+        self._held[request.key], request.is_held = request, True
 
     def made(self, key: RequestKey, constraint: Constraint) -> Request | None:
         """Let go of a sequence; None if it is over, or has its key from one that is."""
         request = self._held.get(key)
         if request is None or request.new.constraint is not constraint:
             return None
+        request.is_held = False
         return self._held.pop(key)
 
     def ended(self, request: Request) -> None:

@@ -134,6 +134,7 @@ class Request:
     num_cached_prompt_tokens: int = 0  # at the first admission
     num_preemptions: int = 0
     grammar: GrammarState | None = None  # what it says of the output; None: it has none
+    is_held: bool = False  # until its grammar is made
     is_late: bool = False  # its grammar's mask was not there when a step chose tokens
     admitted_at: float | None = None  # first admission
     first_token_at: float | None = None  # first token of this run; resumed ones came before

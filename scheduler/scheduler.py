@@ -109,7 +109,7 @@ class Scheduler:
     @property
     def is_held_up(self) -> bool:
         """Whether there are sequences, and all that could go on wait for their grammars or a mask."""
-        return bool(self._live) and all(one.is_late or one.key in self._grammar_gate for one in self.requests())
+        return bool(self._live) and all(one.is_held or one.is_late for one in self.requests())
 
     def abort(self, request_id: int, sample: int | None = None, reason: FinishReason = "cancelled") -> int:
         """End one sample, or all of a request, now: how many ended. Unknown ones (already over) count nothing."""

@@ -78,6 +78,7 @@ class EngineCore:
         self._runner = make_runner(config) if runner is None else runner
         self._makers = Makers()
         self.observe: Callable[[StepPlan], None] = _ignore  # called with each step's plan before it is launched
+        self.released: Callable[[int], None] = _ignore  # called with each request whose grammar is made
 
     def requests(self) -> Iterator[Request]:
         """All live sequences, to be read."""
@@ -204,11 +205,18 @@ class EngineCore:
             self._flying = plan
         return self.take_deltas()
 
+    def await_grammars(self) -> None:
+        """Wait until all grammars are made, and let those queue who have them; for a replay."""
+        while self._makers.num_at_work:
+            self._makers.wait(POLL_S)
+            self._release()
+
     def _release(self) -> None:
         """Let those queue whose grammars were made. Where nobody else has work, wait for one a moment."""
         if self._flying is None and self._scheduler.is_held_up:
             self._makers.wait(POLL_S)
         for making in self._makers.take_made():
+            self.released(making.request_id)
             for key, constraint in zip(making.keys, making.constraints, strict=True):
                 self._scheduler.release(key, constraint)
 
@@ -333,7 +341,7 @@ def make_runner(config: EngineConfig) -> Runner:
     return load_runner(config)
 
 
-def _ignore(plan: StepPlan) -> None:
+def _ignore(_: object) -> None:
     """Observe nothing."""
 
 

@@ -56,7 +56,8 @@ class Constraint:
     its own: whatever it raises is this sequence's own failure.
     """
 
-    def __init__(self, makers: Makers) -> None:
+    def __init__(self, makers: Makers, grammar: str = "") -> None:
+        self.grammar = grammar
         self.state: GrammarState = "open"
         self.error = ""
         self.is_ready = False  # matcher, state and mask are there, and no thread has them
@@ -186,6 +187,7 @@ class Making:
 
     def __init__(self, submit: Submit, constraints: list[Constraint]) -> None:
         first = submit.first_sample
+        self.request_id = submit.request_id
         self.keys: list[RequestKey] = [(submit.request_id, first + index) for index in range(len(constraints))]
         self.constraints = constraints
         self.grammar, self.output = submit.grammar, submit.output_token_ids
@@ -196,6 +198,7 @@ class Makers:
 
     def __init__(self) -> None:
         self._made: deque[Making] = deque()  # filled by threads, for the loop
+        self.num_at_work = 0  # requests that `take_made` has not given yet
         self._tokenizer: LLTokenizer | None = None
         self._num_words = 0
         self._moved = threading.Event()  # a matcher or a mask is there
@@ -217,7 +220,7 @@ class Makers:
 
     def forget(self) -> None:
         """Forget what is being made: nobody waits for it any more."""
-        self._made = deque()
+        self._made, self.num_at_work = deque(), 0
 
     def empty_mask(self) -> Words:
         """Memory of a mask."""
@@ -225,12 +228,13 @@ class Makers:
 
     def open(self, submit: Submit) -> Making:
         """The samples of a request, and their constraints, for `begin`."""
-        return Making(submit, [Constraint(self) for _ in range(submit.sampling.n)])
+        return Making(submit, [Constraint(self, submit.grammar) for _ in range(submit.sampling.n)])
 
     def begin(self, making: Making) -> None:
         """Have matchers made; they are ready once `take_made` gives them."""
         if not self._has_threads:
             self._start_threads()
+        self.num_at_work += 1
         self._makings.put(partial(self._make, making, self._made))
 
     def take_made(self) -> list[Making]:
@@ -238,6 +242,7 @@ class Makers:
         made = []
         while self._made:
             made.append(self._made.popleft())
+        self.num_at_work -= len(made)
         return made
 
     def wait(self, timeout_s: float) -> None:
@@ -374,7 +379,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _told(message: str) -> str:
-    """A message of llguidance's, without what it knows of the parser. "NoExtensionBias" is said where a text could go
-    on, and no token of the vocabulary could stand there."""
+    """A message of llguidance's, without what it knows of the parser. "NoExtensionBias" is said where a text could
+    go on, and no token of the vocabulary could stand there."""
     message = message.partition("\n<")[0].strip()
     return "no token may come next" if message in ("", "NoExtensionBias") else message

@@ -30,16 +30,19 @@ from cierzo.engine.flight import (
     Ended,
     Failed,
     Header,
+    Known,
     Open,
     Record,
+    Released,
     Submitted,
     Tokens,
     packed,
     segment_paths,
 )
-from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, TokenDelta
+from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, TokenDelta, Vocabulary
 from cierzo.engine.server_process import private
 from cierzo.engine.worker.core import EngineCore
+from cierzo.engine.worker.grammars import Constraint
 from cierzo.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -83,9 +86,10 @@ class PieceDigests:
             found.append(state.digest())
         return b"".join(found)
 
-    def of_words(self, words: Sequence[Sequence[int]]) -> bytes:
-        """Digest of a list of words, each of some tokens."""
+    def of_bounds(self, words: Sequence[Sequence[int]], grammar: str) -> bytes:
+        """Digest of a grammar and a list of words, each of some tokens."""
         state = self._keyed.copy()
+        state.update(grammar.encode())
         for word in words:
             state.update(pack_tokens([len(word), *word]))
         return state.digest()
@@ -120,6 +124,9 @@ class Recorder:
         self._size = 0
         self._num_seqs = 0
         self._num_finished = core.num_finished
+        self._vocabulary: Vocabulary | None = None
+        self._has_vocabulary = False  # whether this segment has it
+        core.released = self.released
         try:
             os.makedirs(config.flight_folder, mode=0o700, exist_ok=True)
         except OSError as error:
@@ -135,7 +142,11 @@ class Recorder:
     def command(self, command: CoreCommand) -> None:
         """Write down a command."""
         match command:
+            case Vocabulary() if self._with_prompts:
+                self._vocabulary = command
+                return
             case Submit():
+                self._write_vocabulary(command.grammar)
                 prompt, output = command.prompt_token_ids, command.output_token_ids
                 record: Record = Submitted(
                     readings=self._readings.times,
@@ -151,11 +162,13 @@ class Recorder:
                     pieces=b"" if self._with_prompts or not self.is_on else self._pieces.of(prompt, output),
                     thinking=command.thinking,
                     banned=command.banned_token_ids if self._with_prompts else [],
-                    banned_digest=self._banned_digest(command.banned_token_ids),
+                    banned_digest=self._bounds_digest(command.banned_token_ids, command.grammar),
                     tenant=command.tenant,
                     weight=command.weight,
                     salt=self._shown_salt(command.cache_salt),
                     num_scored=command.num_scored,
+                    grammar=command.grammar if self._with_prompts else "",
+                    is_held=bool(command.grammar),
                 )
             case Abort():
                 record = Aborted(
@@ -168,6 +181,11 @@ class Recorder:
                 return
         self._num_seqs = -1  # the next step's rows are written out
         self._write(record)
+
+    def released(self, request_id: int) -> None:
+        """Write down that a request's grammar is made."""
+        self._num_seqs = -1
+        self._write(Released(readings=self._readings.times, request_id=request_id))
 
     def step(self, plan: StepPlan) -> None:
         """Write down a step that is about to be launched."""
@@ -239,7 +257,7 @@ class Recorder:
         """Go on in the older one of the two files, from its start."""
         self._close_file()
         self._number += 1
-        self._size, self._num_seqs = SIZE_BYTES, -1
+        self._size, self._num_seqs, self._has_vocabulary = SIZE_BYTES, -1, False
         path = self._paths[self._number % 2]
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -263,6 +281,9 @@ class Recorder:
         for request in self._core.requests():
             if self._size > self._segment_bytes * 3 // 4:
                 break  # thousands with a long logit_bias each: the rest is not written
+            constraint: Constraint | None = request.new.constraint
+            grammar = "" if constraint is None or not self._with_prompts else constraint.grammar
+            self._write_vocabulary(grammar)
             new, tokens, num_prompt = request.new, request.tokens, request.num_prompt_tokens
             room -= 5 * len(tokens)  # bytes of a token, at most; digests have less, but take time
             has_room = room >= 0
@@ -282,19 +303,26 @@ class Recorder:
                 else b"",
                 thinking=new.thinking,
                 banned=[[*word] for word in new.banned] if self._with_prompts else [],
-                banned_digest=self._banned_digest(new.banned),
+                banned_digest=self._bounds_digest(new.banned, "" if constraint is None else constraint.grammar),
                 tenant=new.tenant,
                 weight=request.tenant.weight,
                 salt=self._shown_salt(new.salt),
                 num_scored=request.num_scored,
+                grammar=grammar,
+                is_held=request.is_held,
             )
             self._append(packed(record))
 
-    def _banned_digest(self, banned: Sequence[Sequence[int]]) -> bytes:
-        """Tell banned words apart where they are not recorded."""
-        if self._with_prompts or not banned or not self.is_on:
+    def _write_vocabulary(self, grammar: str) -> None:
+        """Write down what a grammar is about, once in each segment that has one, if there is room for it."""
+        if grammar and self._vocabulary is not None and not self._has_vocabulary:
+            self._has_vocabulary = self._append(packed(Known(vocabulary=self._vocabulary)))
+
+    def _bounds_digest(self, banned: Sequence[Sequence[int]], grammar: str) -> bytes:
+        """Tell banned words and grammars apart where they are not recorded."""
+        if self._with_prompts or not (banned or grammar) or not self.is_on:
             return b""
-        return self._pieces.of_words(banned)
+        return self._pieces.of_bounds(banned, grammar)
 
     def _shown_salt(self, salt: bytes) -> bytes:
         """Tell salts apart; whoever knows one could probe the cache for prompts."""

@@ -27,7 +27,9 @@ from cierzo.engine.flight import (
     Failed,
     Header,
     Kept,
+    Known,
     Open,
+    Released,
     Step,
     Submitted,
     Tokens,
@@ -147,6 +149,7 @@ class Replay:
         self._expected: Step | None = None
         self._num_seqs = 0
         self._tokens: dict[tuple[int, int], tuple[list[int], list[int]]] = {}  # recorded, and chosen now
+        self._held: dict[int, list[Submit | Abort]] = {}  # by request: commands, until its grammar was made
 
     @property
     def made_up(self) -> set[int]:
@@ -162,11 +165,12 @@ class Replay:
                     self._step(record)
                 case Submitted() | Open():
                     self._submit(record)
+                case Known() if not self._core.has_vocabulary:
+                    self._core.vocabulary(record.vocabulary)
+                case Released():
+                    self._release(record.request_id)
                 case Aborted():
-                    self._clock.seek()
-                    self._core.abort(
-                        Abort(request_id=record.request_id, sample=record.sample, reason=record.reason)
-                    )
+                    self._abort(Abort(request_id=record.request_id, sample=record.sample, reason=record.reason))
                 case Tokens():
                     for request_id, sample, tokens in record.tokens:
                         self._meet((request_id, sample), tokens, 0)
@@ -202,20 +206,47 @@ class Replay:
             weight=record.weight,
             cache_salt=record.salt,
             num_scored=record.num_scored,
+            grammar=record.grammar,
         )
+        if record.is_held:
+            if submit.arrival_s is None:
+                self._clock.seek()
+                submit = msgspec.structs.replace(submit, arrival_s=self._clock())
+            self._held.setdefault(record.request_id, []).append(submit)
+        else:
+            self._give(submit)
+
+    def _give(self, submit: Submit) -> None:
         self._clock.seek()
         try:
             self._core.submit(submit)
         except DuplicateRequest as error:  # it ended at another step than in the record
             self._depart(str(error))
+        self._core.await_grammars()
+
+    def _release(self, request_id: int) -> None:
+        """Give the core a request whose grammar was made by now, and what was said of it meanwhile."""
+        for command in self._held.pop(request_id, []):
+            if isinstance(command, Submit):
+                self._give(command)
+            else:
+                self._abort(command)
+
+    def _abort(self, abort: Abort) -> None:
+        held = self._held.get(abort.request_id)
+        if held is None:
+            self._clock.seek()
+            self._core.abort(abort)
+        else:
+            held.append(abort)
 
     # --- steps -----------------------------------------------------------------------------------------
 
     def _step(self, record: Step) -> None:
         if not self._core.has_work():
-            self._depart(
-                f"step {record.step}: the record has {record.num_seqs} sequences, the replay has none left"
-            )
+            if record.num_seqs:  # else it had some that waited for their grammars
+                what = f"the record has {record.num_seqs} sequences, the replay has none left"
+                self._depart(f"step {record.step}: {what}")
             return
         self.last_step, self._expected = record.step, record
         self._begin_step(record.step)
@@ -293,7 +324,10 @@ class Replay:
 def _without_later_heads(records: list[AnyRecord]) -> list[AnyRecord]:
     """The records of one or two segments; what the second one repeats at its head has been replayed by then."""
     second = next((at for at, record in enumerate(records) if at and isinstance(record, Header)), len(records))
-    return [*records[:second], *dropwhile(lambda record: isinstance(record, Header | Open), records[second:])]
+    return [
+        *records[:second],
+        *dropwhile(lambda record: isinstance(record, Header | Known | Open), records[second:]),
+    ]
 
 
 def _shown(rows: list[tuple[int, int, int, int]]) -> str:

@@ -327,7 +327,7 @@ def test_who_cannot_go_on_fails_alone_and_says_where(mode: str, monkeypatch: pyt
 
     cases = {
         "start: (": r"(?s)grammar: .*",
-        'start: "ab" "É"': r"grammar: no token may come next \(token [23] of the answer\)",  # no token has these bytes
+        'start: "ab" "É"': r"grammar: no token may come next \(token [23] of the answer\)",  # none has these bytes
         'start: "É"': r"grammar: no token may come next",
     }
     requests = [
@@ -397,7 +397,7 @@ def test_a_recorded_step_chooses_in_two_parts(monkeypatch: pytest.MonkeyPatch) -
     launch = Sampler.launch
 
     def noted(one: Sampler, logits: Tensor, slots: list[int], *arguments: Any, **more: Any) -> Any:
-        parts.append((len(slots), more["later"]))
+        parts.append((len(slots), more.get("later", False)))
         return launch(one, logits, slots, *arguments, **more)
 
     monkeypatch.setattr(Sampler, "launch", noted)

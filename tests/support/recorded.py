@@ -12,7 +12,7 @@ from cierzo.cache.config import CacheConfig
 from cierzo.engine import flight
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.flight import AnyRecord, Kept, packed, read
-from cierzo.engine.messages import CoreCommand, SamplingParams, Submit, TokenDelta
+from cierzo.engine.messages import CoreCommand, SamplingParams, Submit, TokenDelta, Vocabulary
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.recorder import Readings, Recorder
@@ -56,6 +56,8 @@ class Recorded:
         self.recorder.command(command)
         if isinstance(command, Submit):
             self.core.submit(command)
+        elif isinstance(command, Vocabulary):
+            self.core.vocabulary(command)
         else:
             self.core.abort(command)
 
