@@ -74,12 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batches", type=count, nargs="*", default=[1, 8, 32], metavar="N", help="sequences decoding"
     )
     model.add_argument("--prompts", type=count, nargs="*", default=[2048], metavar="N", help="tokens of one prompt")
+    model.add_argument("--grammars", metavar="CHECKPOINT", help="measure what grammars cost this model's steps")
+    model.add_argument("--sequences", type=count, default=64, metavar="N", help="sequences, with --grammars")
+    model.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="of their tokens, with --grammars"
+    )
     model.add_argument("--weights", default="auto", metavar="FORMAT", help="number format of the weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write JSON if asked."""
     report = Recording("step", arguments.json)
+    if arguments.grammars is not None:
+        from cierzo.bench import grammars  # imports torch
+
+        checkpoint, weights = checkpoint_folder(arguments.grammars), arguments.weights
+        cost = grammars.measure(checkpoint, arguments.sequences, arguments.temperature, weights=weights)
+        print(grammars.table(cost))
+        report.write({"checkpoint": checkpoint, "weights": weights}, cost)
+        return 0
     if arguments.profile is None:
         settings = StepSettings(**chosen(arguments, StepSettings))
         pairs = itertools.product(settings.running, settings.contexts)

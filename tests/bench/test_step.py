@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cierzo.bench import step
+from cierzo.bench import grammars, step
 from cierzo.bench.stats import Summary
 from cierzo.cli import main
+from cierzo.engine.weights.make import make_checkpoint
 
 
 def ended(settings: step.StepSettings, running: int, context: int) -> int:
@@ -54,3 +55,19 @@ def test_the_table() -> None:
         "running  context  step ms p50  step ms p99  submit ms p50  submit ms p99",
         "64          1024        0.250        1.500          0.125         10.000",
     ]
+
+
+def test_the_cost_of_grammars_is_told_for_the_same_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "ROUNDS", 2)
+    monkeypatch.setattr(grammars, "STEPS", 4)
+    checkpoint = make_checkpoint(tmp_path / "model", like="small4", scale="tiny")
+    target = tmp_path / "grammars.json"
+    arguments = ["--grammars", str(checkpoint), "--sequences", "5", "--temperature", "1", "--json", str(target)]
+    assert main(["bench", "step", *arguments]) == 0
+    cost = msgspec.convert(msgspec.json.decode(target.read_bytes())["results"], grammars.GrammarCost)
+    assert [(row.sequences, row.with_grammar) for row in cost.rows] == [(5, 0), (5, 5), (5, 3)]
+    assert cost.rows[0].ratio == 1.0
+    assert cost.same_tokens
+    assert "had the same tokens in all of them" in capsys.readouterr().out

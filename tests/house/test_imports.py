@@ -138,6 +138,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.context": (*CLIENT, *WORKER, "engine.checkpoint"),  # it and the next run a model by hand
     "bench.fairness": (*CLIENT, *WORKER),
     "bench.profile": (*CLIENT, *WORKER),
+    "bench.grammars": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
