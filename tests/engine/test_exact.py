@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from native_only import needs_native
 from random_cuts import random_cuts
 
+from cierzo.bench.grammars import made_up_vocabulary
 from cierzo.cache.layout import GIB
 from cierzo.cache.pool import GqaPages
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
-from cierzo.engine.messages import SamplingParams, Submit, ThinkingBudget
+from cierzo.engine.messages import SamplingParams, Submit, ThinkingBudget, Vocabulary
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.worker.core import EngineCore
@@ -36,6 +37,7 @@ FAMILIES, PREFIX_TOKENS = 2, 320  # prompts begin with one of two texts, long en
 MAX_LEN = 400
 ALLOWED = tuple(range(9))  # few, so that words and thoughts come up
 BANNED = [[5], *([first, second] for first in ALLOWED for second in (0, 1) if first > 5), [0, 1, 2], [1, 0, 2]]
+GRAMMAR = '%llguidance {"no_forcing": true}\nstart: /([A-Za-z ]|[0-9]{3}){200,}/'
 CASES: dict[str, dict[str, Any]] = {
     "small4-bf16": {},
     "small4-float32": {"dtype": "float32"},
@@ -58,6 +60,7 @@ class Ask:
     seed: int
     masked: bool
     scored: bool
+    held: bool  # to a grammar
 
     def prompt(self, vocab_size: int) -> list[int]:
         random = torch.Generator().manual_seed(self.family)
@@ -85,6 +88,7 @@ class Ask:
             output_token_ids=list(output),
             sampling=sampling,
             num_scored=num_scored,
+            grammar=GRAMMAR if self.held and not self.masked else "",
             **masks,
         )
 
@@ -114,6 +118,7 @@ asks = st.builds(
     seed=st.integers(0, 3),
     masked=st.booleans(),
     scored=st.booleans(),
+    held=st.booleans(),
 )
 worlds = st.builds(
     World,
@@ -170,7 +175,9 @@ class Engine:
         config = self.config(world)
         runner = load_runner(config)
         poison(runner)
-        return EngineCore(config, runner)
+        core = EngineCore(config, runner)
+        core.vocabulary(vocabulary(config.model.vocab_size))
+        return core
 
     def answer_alone(self, ask: Ask) -> tuple[Answer, Answer]:
         """The answer, and the entries of the prompt."""
@@ -186,6 +193,11 @@ def poison(runner: ModelRunner) -> None:
     for layer in runner._kv.layers:
         for pages in (layer.keys, layer.values) if isinstance(layer, GqaPages) else (layer.latents,):
             pages.fill_(255 if pages.dtype == torch.uint8 else float("nan"))
+
+
+@cache
+def vocabulary(vocab_size: int) -> Vocabulary:
+    return made_up_vocabulary(vocab_size, (2,))
 
 
 @cache

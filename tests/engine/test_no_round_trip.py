@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from card import CUDA, Card, CardBackend, OnCard, Waits
+from grammar_twin import FREE, VOCABULARY
 from graph_repeater import Repeated
-from sampling_twin import EOS, TABLE, VOCAB, directly, variety
+from sampling_twin import EOS, TABLE, VOCAB, directly, request_of, variety
 from torch import Tensor
 
 from cierzo.cache.config import CacheConfig
@@ -36,6 +37,11 @@ from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import Admission, TokenLogprobs, unpacked_entry
 
 MAX_RUNNING = 8
+GRAMMARS = [
+    {"grammar": f"{FREE}start: /[a-f]{{12}}/", "temperature": 0.0, "logprobs": 2},
+    {"grammar": f"{FREE}start: /(foo|bar)[0-9]+/", "temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.3},
+    {"grammar": f'{FREE}start: "yes" | "no"', "temperature": 0.7, "n": 2, "banned": [[39]]},
+]
 
 
 class TableModel:
@@ -97,6 +103,9 @@ def test_tokens_reach_the_next_step_and_nobody_waits(card: Card, recorded: bool,
     for request_id, prompt in enumerate(scored, start=100):
         params = SamplingParams(max_tokens=3, seed=1, prompt_logprobs=request_id - 99)
         requests.append(Submit(request_id=request_id, prompt_token_ids=prompt, sampling=params))
+    core.vocabulary(VOCABULARY)
+    for number, params in enumerate(GRAMMARS, start=200):
+        requests.append(request_of(number, [3, 1], params))
     for request in requests:
         core.submit(request)
     tokens: dict[tuple[int, int], list[int]] = {}
