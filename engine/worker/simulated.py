@@ -19,7 +19,8 @@ from cierzo.engine.cost.step_model import StepModel, StepTotals
 from cierzo.engine.cost.work import Distinct, StepShape
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.fake import made_up_logprobs
-from cierzo.scheduler.plan import Scoring, StepPlan, StepResult, TokenLogprobs, packed_entry
+from cierzo.engine.worker.grammars import POLL_S, Constraint, follow_all
+from cierzo.scheduler.plan import GrammarState, Scoring, StepPlan, StepResult, TokenLogprobs, packed_entry
 
 
 class Clock(Protocol):
@@ -49,7 +50,7 @@ class WallClock:
 class SimulatedRunner:
     """A `Runner` whose device works off one step after another, in the time that the step model gives.
 
-    Of the sampling parameters it honours the numbers of logprobs, whose values mean nothing.
+    Of the sampling parameters it honours the numbers of logprobs, whose values mean nothing; and grammars.
     """
 
     def __init__(self, config: EngineConfig, clock: Clock, distinct: Distinct | None = None) -> None:
@@ -59,6 +60,7 @@ class SimulatedRunner:
         self.totals = StepTotals()
         self.token_ids = [0] * config.scheduler.max_running  # by slot: the one that its sequence always gets
         self._num_logprobs: list[int | None] = [None] * config.scheduler.max_running
+        self._constraints: dict[int, Constraint] = {}  # by slot, of those with a grammar
         self._vocab_size = config.model.vocab_size
         self._clock = clock
         self._busy_until_s = 0.0
@@ -72,6 +74,10 @@ class SimulatedRunner:
                 ends = {*seq.admission.eos_token_ids, *sampling.stop_token_ids}
                 self.token_ids[seq.slot] = next(token for token in range(len(ends) + 1) if token not in ends)
                 self._num_logprobs[seq.slot] = sampling.logprobs
+                self._constraints.pop(seq.slot, None)
+                if seq.admission.constraint is not None:
+                    self._constraints[seq.slot] = seq.admission.constraint
+                    seq.admission.constraint.admit(seq.admission.output_token_ids)
         step = self.model.time(shape_of(batch), float(len(plan.seqs)))
         self.totals.add(step)
         seconds = float(step.total_s)
@@ -96,11 +102,20 @@ class SimulatedRunner:
 
     def _result(self, plan: StepPlan) -> StepResult:
         token_ids = [[self.token_ids[seq.slot]] if seq.samples else [] for seq in plan.seqs]
+        failures, grammars = dict[int, str](), dict[int, GrammarState]()
+        if self._constraints:
+            for index, seq in enumerate(plan.seqs):
+                constraint = self._constraints.get(seq.slot)
+                if seq.samples and constraint is not None:
+                    token_ids[index] = [first_permitted(constraint)]
+                    grammars[index] = constraint.state
+                    if constraint.error:
+                        failures[index] = constraint.error
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if any(self._num_logprobs[seq.slot] is not None for seq in plan.seqs):
             logprobs = [self._made_up(seq.slot) if seq.samples else None for seq in plan.seqs]
         scored = {index: self._score(seq.scoring) for index, seq in enumerate(plan.seqs) if seq.scoring is not None}
-        return StepResult(token_ids, logprobs, prompt_logprobs=scored)
+        return StepResult(token_ids, logprobs, failures, scored, grammars)
 
     def _score(self, scoring: Scoring) -> list[msgspec.Raw]:
         made_up = (made_up_logprobs(token, scoring.count, self._vocab_size) for token in scoring.token_ids)
@@ -109,6 +124,17 @@ class SimulatedRunner:
     def _made_up(self, slot: int) -> list[TokenLogprobs] | None:
         count = self._num_logprobs[slot]
         return None if count is None else [made_up_logprobs(self.token_ids[slot], count, self._vocab_size)]
+
+
+def first_permitted(constraint: Constraint) -> int:
+    """The first token that a grammar permits, which it is told. 0 where it permits none."""
+    while not constraint.settle():
+        constraint.makers.wait(POLL_S)
+    if constraint.error or constraint.state == "ended":
+        return 0
+    token_id = int(np.unpackbits(constraint.mask.view(np.uint8), bitorder="little").argmax())
+    follow_all([(constraint, token_id)])
+    return token_id
 
 
 def shape_of(batch: Batch) -> StepShape:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from grammar_twin import FREE, VOCABULARY, spelled
 
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.device_memory import StepLimits, workspace_bytes
 from cierzo.engine.errors import ConfigError
+from cierzo.engine.messages import SamplingParams, Submit
 from cierzo.engine.worker.batch import BatchBuilder
+from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.simulated import shape_of
 from cierzo.scheduler.plan import SeqPlan, StepPlan
 
@@ -54,3 +57,22 @@ def test_the_cache_of_several_cards_is_what_weights_and_workspaces_leave() -> No
 def test_what_does_not_fit_is_refused_with_the_numbers(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         configure(**options)
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_tokens_that_are_made_up_keep_to_grammars(overlap: str) -> None:
+    core = EngineCore(configure(overlap=overlap, max_model_len=1024))
+    core.vocabulary(VOCABULARY)
+    texts = ['start: "yes" | "no"', "start: /b{3}/", "start: /[x-y]{5,}/"]
+    for number, text in enumerate(texts):
+        sampling = SamplingParams(max_tokens=6, seed=1)
+        core.submit(Submit(request_id=number, prompt_token_ids=[1, 2], sampling=sampling, grammar=FREE + text))
+    tokens: dict[int, list[int]] = {number: [] for number in range(3)}
+    ends = {}
+    while core.has_work():
+        for delta in core.step():
+            tokens[delta.request_id] += delta.token_ids
+            if delta.finish is not None:
+                ends[delta.request_id] = delta.finish.reason, delta.finish.incomplete
+    assert [spelled(own) for own in tokens.values()] == ["no", "bbb", "xxxxxx"]
+    assert ends == {0: ("stop", False), 1: ("stop", False), 2: ("length", False)}
