@@ -26,6 +26,7 @@ from cierzo.cache.config import CacheConfig
 from cierzo.cache.pool import KVPool
 from cierzo.engine.messages import Abort, Submit, ThinkingBudget
 from cierzo.engine.worker import grammars
+from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.engine.worker.grammars import Constraint, Makers
@@ -36,7 +37,7 @@ from cierzo.engine.worker.step_rows import DeviceRows
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig
-from cierzo.scheduler.plan import Finish
+from cierzo.scheduler.plan import Finish, StepPlan
 
 MODES = ("plain", "overlapped", "staged", "recorded")
 BLOCK_TOKENS, MAX_RUNNING, MAX_LEN = 4, 5, 48
@@ -378,6 +379,14 @@ def test_following_is_bounded_for_each_step_and_each_token(mode: str, monkeypatc
         assert re.fullmatch(r"grammar: a token took \d+ ms to follow, more than 0 \(token 2 .*", finish.message)
 
 
+def test_a_long_chain_of_rules_is_made_on_a_deep_stack() -> None:
+    """The compiler calls itself for each of them: a thread with the usual stack would take the process with it."""
+    chain = "".join(f'r{number}: "a" r{number + 1}\n' for number in range(3000))
+    text = f'start: r0\n{chain}r3000: "b"'
+    answers = run(make_core("plain"), [request_of(1, [1], {"max_tokens": 2, "grammar": FREE + text})], "plain")
+    assert answers[1, 0][1].reason == "length"
+
+
 def test_threads_end_with_their_core() -> None:
     core = make_core("plain")
     run(core, [request_of(1, [1], {"grammar": FREE + GRAMMARS[1]})], "plain")
@@ -413,31 +422,49 @@ def test_a_recorded_step_chooses_in_two_parts(monkeypatch: pytest.MonkeyPatch) -
 # --- the fake runner ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+class Failing(FakeRunner):
+    """Raises in some steps once they are launched."""
+
+    def __init__(self, num_blocks: int, fails: set[int]) -> None:
+        super().__init__(
+            vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_running=MAX_RUNNING
+        )
+        self._fails, self._count = fails, 0
+
+    def launch(self, plan: StepPlan, batch: Batch) -> None:
+        self._count += 1
+        super().launch(plan, batch)
+        if self._count in self._fails:
+            self._results.pop()
+            raise RuntimeError("broken")
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     asked=st.lists(asks(), min_size=1, max_size=6),
     num_blocks=st.sampled_from([13, 60]),
     seed=st.integers(0, 1 << 30),
     patience_s=st.sampled_from([grammars.MASK_WAIT_S, 0.0]),
+    fails=st.sets(st.integers(1, 20), max_size=4),
 )
 def test_a_model_that_is_made_up_keeps_to_grammars_too(
-    asked: list[dict[str, Any]], num_blocks: int, seed: int, patience_s: float
+    asked: list[dict[str, Any]], num_blocks: int, seed: int, patience_s: float, fails: set[int]
 ) -> None:
+    """With steps one by one or overlapped, with masks that come late, and steps that are run again."""
     names = ("max_tokens", "temperature", "n", "banned", "grammar")
     requests = [
         request_of(number, ask["prompt"], {name: ask[name] for name in names}) for number, ask in enumerate(asked)
     ]
     found = []
-    for mode in ("plain", "overlapped"):
-        runner = FakeRunner(
-            vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_running=MAX_RUNNING
-        )
+    for mode, failing in (("plain", set()), ("overlapped", set()), ("overlapped", {*fails})):
         with patch.object(grammars, "MASK_WAIT_S", patience_s):
-            found.append(run(make_core(mode, num_blocks, runner), requests, mode, seed))
+            found.append(run(make_core(mode, num_blocks, Failing(num_blocks, failing)), requests, mode, seed))
+    broken = [key for key, (_, finish) in found[2].items() if "broken" in finish.message]
     for request in requests:
         for sample in range(request.sampling.n):
             key = request.request_id, sample
             assert told(found[0][key]) == told(found[1][key])
+            assert key in broken or told(found[0][key]) == told(found[2][key])
             tokens, finish = found[0][key]
             for at, token in enumerate(tokens):
                 assert token in permitted(request, tokens[:at])
