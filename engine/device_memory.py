@@ -102,8 +102,9 @@ def launched_bytes(model: ModelConfig, rows: int) -> int:
 
 
 def sampled_bytes(model: ModelConfig, rows: int) -> int:
-    """Bytes that sampling holds: fp32 logits, those of the rows that are drawn, and log-probabilities."""
-    return 3 * 4 * rows * model.vocab_size
+    """Bytes that sampling holds: fp32 logits, those of the rows that are chosen for at a time where others wait for
+    their grammars, those of the rows that are drawn, and log-probabilities."""
+    return 4 * 4 * rows * model.vocab_size
 
 
 def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int) -> int:

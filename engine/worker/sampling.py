@@ -101,8 +101,9 @@ class _Launched:
         failed = {} if finite.all() else dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
         if self.edited:
             finite[self.edited] &= np.isfinite(found["edited_peaks"])
-            if not finite.all():
-                failed = dict.fromkeys(np.flatnonzero(~finite).tolist(), NOTHING_LEFT) | failed
+            for row in np.flatnonzero(~finite).tolist() if not finite.all() else ():
+                beside = " of those that the grammar permits" if row in self.constraints else ""
+                failed.setdefault(row, f"{NOTHING_LEFT}{beside}")
         chosen: list[int] = found["token_ids"].tolist()
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if self.reports:
@@ -138,6 +139,7 @@ class Sampler:
         self._sample = np.zeros(max_running, np.int64)
         self._num_logprobs = np.full(max_running, -1, np.int64)
         self._edits: list[Edits | None] = [None] * max_running
+        self._bound: set[int] = set()  # slots whose sequences have a grammar
         self._plain = [True] * max_running  # the largest logit it is, and nothing else is asked for
         self.chosen = torch.zeros(
             max_running, dtype=torch.int64, device=device
@@ -155,15 +157,16 @@ class Sampler:
         self._num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._edits[slot] = edits = edits_of(admission)
         self._plain[slot] = params.temperature == 0 and params.logprobs is None and edits is None
+        self._bound.discard(slot)
+        if edits is not None and edits.constraint is not None:
+            self._bound.add(slot)
 
     def constraints(self, slots: list[int]) -> dict[int, Constraint]:
         """By row, the grammars of the sequences in these slots."""
-        edits = self._edits
-        return {
-            row: edit.constraint
-            for row, slot in enumerate(slots)
-            if (edit := edits[slot]) is not None and edit.constraint is not None
-        }
+        if not self._bound:
+            return {}
+        edits = ((row, self._edits[slot]) for row, slot in enumerate(slots) if slot in self._bound)
+        return {row: edit.constraint for row, edit in edits if edit is not None and edit.constraint is not None}
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Sampled:
         """Choose a token for each of M rows; row i is for the sequence in slots[i], at position positions[i].
