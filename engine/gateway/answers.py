@@ -174,9 +174,9 @@ class _Stream:
 
     def _last(self, end: SampleEnd) -> bytes:
         after = b',"usage":%b' % _encode(_counts(self._prompt_tokens, self._output_tokens))
-        return b'%b%b,"finish_reason":%b,"stop_reason":%b}]%b}\n\n' % (
+        return b"%b%b,%b}]%b}\n\n" % (
             *(self._before[end.sample], self._closing),
-            *(_encode(end.finish_reason), _encode(end.stop), after if self.told.continuous else self._usage),
+            *(_encode(_ended(end))[1:-1], after if self.told.continuous else self._usage),
         )
 
 
@@ -407,7 +407,9 @@ def completion_choice(
 
 
 def _ended(end: SampleEnd) -> dict[str, Any]:
-    return {"finish_reason": end.finish_reason, "stop_reason": end.stop}
+    """The fields that say how a sample ended. incomplete: before its grammar did; left out where that is not so."""
+    told = {"finish_reason": end.finish_reason, "stop_reason": end.stop}
+    return told | {"incomplete": True} if end.incomplete else told
 
 
 def whole(

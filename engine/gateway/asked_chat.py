@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cierzo.engine.frontend.bounds import count, missing, must_be
+from cierzo.engine.gateway.asked_grammar import read_choice, read_grammar
 from cierzo.engine.gateway.field_rows import CALL, CALLS, CHAT, MESSAGE, PART_ROWS, PARTS, TOOL, TOOLS
 from cierzo.engine.gateway.fields import Sieve
 from cierzo.engine.gateway.reading import Asked, Body, Rules, entries, sequence
@@ -21,6 +22,8 @@ def read_chat(body: bytes, rules: Rules) -> Asked:
     if "tools" in read.given:
         tools = entries(read.given["tools"], "tools")
         arguments["tools"] = [_tool(tool, place, read.sieve) for place, tool in tools]
+    read_choice(read)
+    read_grammar(read)
     _logprobs(read, "logprobs", "top_logprobs")
     if type(number := read.given.get("prompt_logprobs")) is int and "top_prompt_logprobs" not in read.given:
         arguments["prompt_logprobs"] = number  # as clients of vLLM say it

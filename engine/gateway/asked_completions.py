@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from cierzo.engine.frontend.bounds import count, must_be
+from cierzo.engine.gateway.asked_grammar import read_grammar
 from cierzo.engine.gateway.field_rows import COMPLETIONS, FIM
 from cierzo.engine.gateway.reading import Asked, Body, Rules, text
 
@@ -29,6 +30,7 @@ def read_completions(body: bytes, rules: Rules) -> list[Asked]:
     if echo and "logprobs" in arguments and "prompt_logprobs" not in arguments:
         arguments["prompt_logprobs"] = arguments["logprobs"]
         read.places["sampling.prompt_logprobs"] = "logprobs"
+    read_grammar(read)
     asked = read.asked(echo=echo, drops_output=drops_output)
     return [
         msgspec.structs.replace(

@@ -26,7 +26,7 @@ from cierzo.engine.server_process import end_with_parent
 
 INLINE_BYTES = 16 * 1024  # read in 12 ms, whatever they are
 WHOLE_TOKENS = 256 * 1024  # an answer of more is gathered as it is made
-LONG = ("text", "messages", "token_ids", "tools", "suffix")  # fields that may be of any length
+LONG = ("text", "messages", "token_ids", "tools", "suffix", "grammar")  # fields that may be of any length
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

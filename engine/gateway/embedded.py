@@ -60,7 +60,10 @@ from cierzo.engine.text.prompt import PromptEncoder
 log = logging.getLogger(__name__)
 
 FEATURES = frozenset(
-    (ACCEPTANCE, "accounting", "credit", "masks", "parts", "probes", "prompt_logprobs", "tokenize", "trace")
+    (
+        *(ACCEPTANCE, "accounting", "credit", "grammars", "masks", "parts", "probes"),
+        *("prompt_logprobs", "tokenize", "trace"),
+    )
 )
 CREDIT_PARTS = 4  # credit is given back when such a part of it has been consumed
 CREDIT_S = 1.0  # and after so long whatever has been

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from cierzo.engine.gateway.fields import over, refused, same, served, table
 
-_NO_GRAMMARS = "this version has no answers guided by a grammar or schema"
+_NO_CUSTOM_TOOLS = "this version calls tools with JSON alone"
+_ITS_NAME = "of a schema, whose text alone says what holds"
+_ANY_WAY = "the answer holds the schema either way"
+_ALLOWED_ARE_ALL = "what is in tools may be called, and nothing else"
 _NO_IMAGES = "this version sees no images"
 _NO_SOUNDS = "the engine neither hears nor speaks"
 _NO_FILES = "the server reads no files and no documents"
@@ -63,24 +66,64 @@ EXTRAS = (
     refused("vllm_xargs", "it would be handed to code that is not here", {}),
 )
 
+# Forms that an answer holds, and a choice among its tools.
+SCHEMA_FORMAT = table(
+    served("schema", "", "a JSON schema ([structured.md](structured.md))"),
+    *over("name", "description", note=_ITS_NAME),
+    *over("strict", note=_ANY_WAY),
+)
+FORMAT = table(
+    served("type", note="text, json_object, json_schema"),
+    served("json_schema", note="with this type", inner=SCHEMA_FORMAT),
+)
+FORMATS = table(
+    *(served("text"), served("json_object"), served("json_schema")),
+    refused("structural_tag", "tools and tool_choice say which calls there may be"),
+)
+STRUCTURED = table(
+    served("json", note="a JSON schema, or its text"),
+    served("json_object", note="true: any JSON object"),
+    served("regex", note="a regular expression that all of the answer matches"),
+    served("choice", note="a list of texts, of which the answer is one"),
+    served("grammar", note="a grammar in llguidance's dialect of Lark"),
+    refused("structural_tag", "tools and tool_choice say which calls there may be"),
+    refused("disable_any_whitespace", "the schema alone says what holds", False),
+    refused("disable_additional_properties", "the schema alone says what holds", False),
+    refused("whitespace_pattern", "the schema alone says what holds"),
+)
+_IN_ITS_PLACE = "structured_outputs has taken its place"
+GUIDED = (
+    served(
+        "structured_outputs",
+        note="one of its fields: what the answer holds, as vLLM's clients say it",
+        inner=STRUCTURED,
+    ),
+    *(refused(name, _IN_ITS_PLACE) for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")),
+    *(refused(name, _IN_ITS_PLACE) for name in ("guided_decoding_backend", "guided_whitespace_pattern")),
+)
+RESPONSE_FORMAT = served("response_format", note="what the answer holds", inner=FORMAT)
+
 # --- /v1/chat/completions ------------------------------------------------------------------------------------
 
 FUNCTION = table(
     *(served("name"), served("description"), served("parameters", note="a JSON schema")),
-    refused("strict", _NO_GRAMMARS, False),
+    served("strict", note="true: the arguments hold it"),
 )
 TOOL = table(served("type", note="function"), served("function", inner=FUNCTION))
 TOOLS = table(
     served("function"),
     *(refused(name, _NO_TOOLS_OF_ITS_OWN) for name in ("image_generation", "document_library", "connector")),
-    refused("custom", _NO_GRAMMARS),
+    refused("custom", _NO_CUSTOM_TOOLS),
 )
+CHOSEN = table(served("name", note="of one of tools"))
+CHOICE = table(served("type", note="function"), served("function", inner=CHOSEN))
+CHOICES = table(served("function"), refused("allowed_tools", _ALLOWED_ARE_ALL), refused("custom", _NO_CUSTOM_TOOLS))
 CALLED = table(served("name"), served("arguments", note="JSON, as text or, from Mistral's clients, an object"))
 CALL = table(
     *(served("id"), served("type", note="function"), served("function", inner=CALLED)),
     *over("index", note="the place in the list"),
 )
-CALLS = table(served("function"), refused("custom", _NO_GRAMMARS))
+CALLS = table(served("function"), refused("custom", _NO_CUSTOM_TOOLS))
 MESSAGE = table(
     served("role", note="system, developer (the same), user, assistant, tool"),
     served("content", note="a text, or a list of parts"),
@@ -124,12 +167,14 @@ CHAT = table(
     served("top_prompt_logprobs", note="with prompt_logprobs true: their number"),
     served("reasoning_effort", "reasoning_effort", "a word that the model knows"),
     served("tools", note="functions that the model may call, each of a name of its own"),
-    served("tool_choice", "tool_choice", f"auto or none; required, any and a function's name: {_NO_GRAMMARS}"),
+    served(
+        "tool_choice", "tool_choice", "auto, none, required, any (the same), or an object with a function's name"
+    ),
     served("parallel_tool_calls", "parallel_tool_calls", "false: at most one call"),
     served("continue_final_message", note="true: as prefix of the last turn"),
     served("add_generation_prompt", note="false: with continue_final_message alone"),
     *over("prediction", note="it could make an answer come sooner, and changes none"),
-    refused("response_format", _NO_GRAMMARS, {"type": "text"}),
+    *(RESPONSE_FORMAT, *GUIDED),
     refused("audio", _NO_SOUNDS),
     refused("modalities", _NO_SOUNDS, ["text"]),
     refused("functions", "tools has taken its place", []),
@@ -156,6 +201,7 @@ COMPLETIONS = table(
     served("suffix", "suffix", "what comes behind the answer, where the model can fill in"),
     served("echo", note="true: the prompt before the answer, with logprobs their log-probabilities too"),
     served("logprobs", "logprobs", "alternatives beside each token; 0: the token alone"),
+    *(RESPONSE_FORMAT, *GUIDED),
     refused("best_of", "answers are not ranked", 1),
     refused("add_special_tokens", "token ids are taken as they are", True),
 )
@@ -179,17 +225,37 @@ REASONING = table(
 RESPONSE_STREAM = table(
     over("include_usage", note="the last event always has the usage"), STREAM_OPTIONS["include_obfuscation"]
 )
+TEXT_FORMAT_SCHEMA = table(
+    served("type", note="text, json_object, json_schema"),
+    served("schema", note="with json_schema: a JSON schema ([structured.md](structured.md))"),
+    *(served(name, note="told again in the answer") for name in ("name", "description")),
+    served("strict", note=f"told again in the answer; {_ANY_WAY}"),
+)
 TEXT_FORMAT = table(
-    refused("format", _NO_GRAMMARS, {"type": "text"}),
+    served("format", note="what the text holds", inner=TEXT_FORMAT_SCHEMA),
     refused("verbosity", "the model has no such setting", "medium"),
 )
 RESPONSE_TOOL = table(
     *(served("type", note="function"), served("name"), served("description"), served("parameters")),
-    refused("strict", _NO_GRAMMARS, False),
+    served("strict", note="true: the arguments hold the schema"),
     refused("async", "a call is answered before the model goes on", False),
     refused("allowed_callers", "the model alone calls", ["direct"]),
     refused("defer_loading", "every tool is told to the model", False),
-    refused("output_schema", _NO_GRAMMARS),
+    refused("output_schema", "results are taken as they come"),
+)
+RESPONSE_CHOICE = table(served("type", note="function"), served("name", note="of one of tools"))
+RESPONSE_CHOICES = table(
+    served("function"),
+    refused("allowed_tools", _ALLOWED_ARE_ALL),
+    refused("custom", _NO_CUSTOM_TOOLS),
+    *(
+        refused(name, _NO_TOOLS_OF_ITS_OWN)
+        for name in (
+            *("file_search", "computer", "computer_use", "computer_use_preview", "web_search_preview"),
+            *("web_search_preview_2025_03_11", "mcp", "code_interpreter", "programmatic_tool_calling"),
+            *("image_generation", "shell", "apply_patch"),
+        )
+    ),
 )
 RESPONSE_TOOLS = table(
     served("function"),
@@ -202,7 +268,7 @@ RESPONSE_TOOLS = table(
             "apply_patch",
         )
     ),
-    refused("custom", _NO_GRAMMARS),
+    refused("custom", _NO_CUSTOM_TOOLS),
 )
 _RETURNED = over("id", "status", note="of an answer that comes back")
 INPUT_TEXT = table(served("type"), served("text"), CACHE_MARK)
@@ -258,7 +324,7 @@ ITEMS = table(
             *("mcp_approval_request", "mcp_approval_response", "mcp_call", "program", "program_output"),
         )
     ),
-    *(refused(name, _NO_GRAMMARS) for name in ("custom_tool_call", "custom_tool_call_output")),
+    *(refused(name, _NO_CUSTOM_TOOLS) for name in ("custom_tool_call", "custom_tool_call_output")),
 )
 RESPONSES = table(
     *(MODEL, SAMPLING, STREAM, HARMLESS, HOSTED),
@@ -266,7 +332,9 @@ RESPONSES = table(
     served("instructions", note="a turn of the system's before the input"),
     served("max_output_tokens", "max_tokens", "left out: what the context leaves"),
     served("tools", note="functions that the model may call, each of a name of its own"),
-    served("tool_choice", "tool_choice", f"auto or none; required and a function's name: {_NO_GRAMMARS}"),
+    served(
+        "tool_choice", "tool_choice", "auto, none, required, any (the same), or an object with a function's name"
+    ),
     served("parallel_tool_calls", "parallel_tool_calls", "false: at most one call"),
     served("reasoning", inner=REASONING),
     served("text", inner=TEXT_FORMAT),
