@@ -68,7 +68,7 @@ EXTRAS = (
 
 # Forms that an answer holds, and a choice among its tools.
 SCHEMA_FORMAT = table(
-    served("schema", "", "a JSON schema ([structured.md](structured.md))"),
+    served("schema", "", "a JSON schema; structured.md says which"),
     *over("name", "description", note=_ITS_NAME),
     *over("strict", note=_ANY_WAY),
 )
@@ -225,14 +225,14 @@ REASONING = table(
 RESPONSE_STREAM = table(
     over("include_usage", note="the last event always has the usage"), STREAM_OPTIONS["include_obfuscation"]
 )
-TEXT_FORMAT_SCHEMA = table(
+RESPONSE_TEXT_FORMAT = table(
     served("type", note="text, json_object, json_schema"),
-    served("schema", note="with json_schema: a JSON schema ([structured.md](structured.md))"),
+    served("schema", note="with json_schema: a JSON schema; structured.md says which"),
     *(served(name, note="told again in the answer") for name in ("name", "description")),
     served("strict", note=f"told again in the answer; {_ANY_WAY}"),
 )
 TEXT_FORMAT = table(
-    served("format", note="what the text holds", inner=TEXT_FORMAT_SCHEMA),
+    served("format", note="what the text holds", inner=RESPONSE_TEXT_FORMAT),
     refused("verbosity", "the model has no such setting", "medium"),
 )
 RESPONSE_TOOL = table(

@@ -25,8 +25,8 @@ the types of the installed clients.
 - **refused**: an error of status 400 that names it, unless it has one of the values that ask for nothing.
 
 A field that is in no table is refused by name, with the nearest one that is; a lenient server passes it over, and
-says so in the answer's headers. That does not hold for names by which other engines know guided answers, adapters,
-beam search or embeddings: those are always refused. `null` is the same as left out, in every place. A temperature
+says so in the answer's headers. That does not hold for names by which other engines know grammars, adapters, beam
+search or embeddings: those are always refused. `null` is the same as left out, in every place. A temperature
 that is left out is 0.7, as in `generate`, and not 1.
 
 **JSON.** A body is one JSON object in UTF-8. Refused, with the place: a name that an object has twice, `NaN` and
@@ -47,6 +47,9 @@ SECTIONS: tuple[tuple[str, str, Table], ...] = (
     ("### A call", "", rows.CALL),
     ("### Tools, by type", "", rows.TOOLS),
     ("### A tool", "", rows.TOOL),
+    ("### A choice of tools that is an object, by type", "", rows.CHOICES),
+    ("### The choice of a function", "", rows.CHOICE),
+    ("### Types of formats", "", rows.FORMATS),
     ("## /v1/completions", "", rows.COMPLETIONS),
     ("## /v1/fim/completions", "", rows.FIM),
     ("## /v1/responses", "", rows.RESPONSES),
@@ -60,6 +63,8 @@ SECTIONS: tuple[tuple[str, str, Table], ...] = (
     ("### A thought", "", rows.ITEM_REASONING),
     ("### Tools of a response, by type", "", rows.RESPONSE_TOOLS),
     ("### A tool of a response", "", rows.RESPONSE_TOOL),
+    ("### A choice of its tools that is an object, by type", "", rows.RESPONSE_CHOICES),
+    ("### The choice of a function of a response", "", rows.RESPONSE_CHOICE),
     ("## /tokenize", "Of messages and tools the fields are those of /v1/chat/completions.", rows.TOKENIZE),
     ("## /detokenize", "", rows.DETOKENIZE),
 )

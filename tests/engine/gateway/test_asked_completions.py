@@ -127,7 +127,6 @@ def test_the_answers_share_what_is_passed_over(rules):
         ({"best_of": 2}, "best_of", "answers are not ranked"),
         ({"add_special_tokens": False}, "add_special_tokens", "taken as they are"),
         ({"messages": []}, "messages", "unknown field messages"),
-        ({"response_format": {"type": "text"}}, "response_format", "guided"),
     ],
 )
 def test_what_is_refused(rules, body, field, words):

@@ -16,7 +16,9 @@ from cierzo.engine.messages import Generate, Grammar
 
 HI = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"b": {"const": None}, "a": {"enum": ["ñ", 1.0, 1]}}, "required": ["a"]}
-TEXT_OF_IT = '{"type": "object", "properties": {"b": {"const": null}, "a": {"enum": ["ñ", 1.0, 1]}}, "required": ["a"]}'
+TEXT_OF_IT = (
+    '{"type": "object", "properties": {"b": {"const": null}, "a": {"enum": ["ñ", 1.0, 1]}}, "required": ["a"]}'
+)
 FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
 NAMED = {"type": "function", "function": {"name": "f"}}

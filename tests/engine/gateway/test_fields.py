@@ -55,6 +55,11 @@ def kinds(*members: Any) -> set[str]:
     return found
 
 
+def objects(union: Any) -> list[Any]:
+    """The members of a union that are no words."""
+    return [member for member in get_args(union) if get_origin(member) is not Literal]
+
+
 def _literals(hint: Any) -> Iterable[str]:
     if get_origin(hint) is Literal:
         return get_args(hint)
@@ -65,7 +70,7 @@ def _literals(hint: Any) -> Iterable[str]:
 
 MISTRAL_MESSAGES = (mistral.SystemMessage, mistral.UserMessage, mistral.AssistantMessage, mistral.ToolMessage)
 MISTRAL_CHAT = (mistral.ChatCompletionRequest, mistral.ChatCompletionStreamRequest)
-VLLM = {row.name for row in rows.EXTRAS}
+VLLM = {row.name for row in (*rows.EXTRAS, *rows.GUIDED)}
 OURS = {row.name for row in rows.SAMPLING}
 # Table, types that it stands for, and what it has beside theirs.
 WALKED = [
@@ -82,7 +87,7 @@ WALKED = [
         "completions",
         rows.COMPLETIONS,
         names(*get_args(completion_create_params.CompletionCreateParams)),
-        VLLM | OURS | {"add_special_tokens"},
+        VLLM | OURS | {"add_special_tokens", "response_format"},
     ),
     (
         "fim",
@@ -125,6 +130,35 @@ WALKED = [
     ),
     ("tool", rows.TOOL, names(chat.ChatCompletionFunctionToolParam, mistral.Tool), set()),
     ("function", rows.FUNCTION, names(shared_params.FunctionDefinition, mistral.Function), set()),
+    (
+        "chosen",
+        rows.CHOSEN,
+        names(chat.chat_completion_named_tool_choice_param.Function, mistral.FunctionName),
+        set(),
+    ),
+    ("choice", rows.CHOICE, names(chat.ChatCompletionNamedToolChoiceParam, mistral.ToolChoice), set()),
+    ("types of choices", rows.CHOICES, kinds(*objects(chat.ChatCompletionToolChoiceOptionParam)), set()),
+    ("response choice", rows.RESPONSE_CHOICE, names(responses.ToolChoiceFunctionParam), set()),
+    ("types of response choices", rows.RESPONSE_CHOICES, kinds(*objects(response_create_params.ToolChoice)), set()),
+    ("format", rows.FORMAT, names(shared_params.ResponseFormatJSONSchema, mistral.ResponseFormat), set()),
+    (
+        "schema of a format",
+        rows.SCHEMA_FORMAT,
+        names(shared_params.response_format_json_schema.JSONSchema, mistral.JSONSchema),
+        set(),
+    ),
+    (
+        "types of formats",
+        rows.FORMATS,
+        kinds(*get_args(chat_params.ResponseFormat), *get_args(responses.ResponseFormatTextConfigParam)),
+        {"structural_tag"},
+    ),
+    (
+        "text's format",
+        rows.RESPONSE_TEXT_FORMAT,
+        names(*get_args(responses.ResponseFormatTextConfigParam)),
+        set(),
+    ),
     (
         "reasoning",
         rows.REASONING,
@@ -207,7 +241,7 @@ def test_every_field_of_the_clients_types_has_its_row(rows, theirs, others):
 
 
 def test_every_table_is_walked():
-    untyped = [rows.TOKENIZE, rows.DETOKENIZE]  # neither client knows these endpoints
+    untyped = [rows.TOKENIZE, rows.DETOKENIZE, rows.STRUCTURED]  # no client here has types of these
     walked = [*untyped, *(table for _, table, _, _ in WALKED)]
     tables = {name: value for name, value in vars(rows).items() if name.isupper() and isinstance(value, dict)}
     tables = {name: value for name, value in tables.items() if not name.endswith("_ROWS")}
@@ -269,7 +303,7 @@ def test_a_null_is_as_if_it_were_left_out():
         ({"serve": 1}, "serve", "unknown field serve; did you mean served?"),
         ({"inner": {"hue": 1}}, "inner.hue", "unknown field inner.hue"),
         ({"x" * 1000: 1}, None, "unknown field xxx"),
-        ({"guided_json": {}}, "guided_json", "no guided outputs"),
+        ({"lora_name": "x"}, "lora_name", "no adapters"),
     ],
 )
 @pytest.mark.parametrize("lenient", [False, True])
