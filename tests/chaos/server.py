@@ -14,6 +14,7 @@ from typing import Any
 from cierzo.bench.peers.ours import CierzoServer
 from cierzo.engine.frontend.client import SyncClient
 from cierzo.engine.messages import Stats
+from cierzo.engine.text.short_tekken import short_tekken
 from cierzo.engine.weights.make import make_checkpoint
 
 
@@ -80,10 +81,12 @@ def more_descriptors(pids: list[int], before: list[int]) -> list[int]:
 
 
 @contextmanager
-def serving(log: Path | None = None, **options: Any) -> Iterator[Server]:
-    """A server of a tiny checkpoint with random weights, with these options of `cierzo serve`."""
+def serving(log: Path | None = None, *, words: bool = False, **options: Any) -> Iterator[Server]:
+    """A server of a tiny checkpoint with random weights, with these options of `cierzo serve`. words: it has a
+    tokenizer, too."""
     with tempfile.TemporaryDirectory(prefix="cierzo-chaos-") as folder:
-        checkpoint = make_checkpoint(Path(folder) / "tiny", like="small4", scale="tiny")
+        tokenizer = short_tekken if words else None
+        checkpoint = make_checkpoint(Path(folder) / "tiny", like="small4", scale="tiny", tokenizer=tokenizer)
         chosen = {"threads": 1, "kv_cache_gib": 0.05, **options}
         with Server(checkpoint, chosen, log or Path(folder) / "server.log") as server:
             yield server

@@ -1,0 +1,23 @@
+"""What a schema's answers are held against: jsonschema, by the draft that the schema says it is of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+from jsonschema import FormatChecker
+
+# llguidance takes these by their form alone: the 29 of February of every year, the 60th second of every minute.
+FORMS = FormatChecker(("uuid", "ipv4", "ipv6", "email"))
+
+
+def fault(schema: Any, text: str) -> str:
+    """What is wrong with an answer; "" for nothing."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return f"no JSON: {error}"
+    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    error = next(kind(schema, format_checker=FORMS).iter_errors(value), None)
+    return "" if error is None else f"{error.json_path}: {error.message[:200]}"
