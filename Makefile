@@ -17,7 +17,7 @@ KERNELS = .venv/.kernels
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz clients compat bench-step bench-rpc \
+.PHONY: help venv demo serve test quick lint mutants sanitize standin soak chaos fuzz structured clients compat bench-step bench-rpc \
   bench-http peers headline headline-simulated gpu gpu-kernels gpu-models gpu-bundle gpu-rehearsal gpu-report clean again
 
 help: ## list the targets
@@ -110,6 +110,10 @@ $(FUZZ_PACKAGES)/atheris: | $(KERNELS)
 
 fuzz: $(FUZZ_PACKAGES)/atheris ## feed 10^7 broken frames and 10^5 broken connections to the server (by hand: half an hour)
 	PYTHONPATH=tests:$(FUZZ_PACKAGES) $(BIN)/python -m fuzz $(FUZZ)
+
+# STRUCTURED="random --schemas 100", or any other part or option. The public suite comes with jsonschema's source.
+structured: $(KERNELS) ## have a server answer 1,000 random schemas, the public suite's and hostile ones (by hand: minutes)
+	$(TOOL) structured $(STRUCTURED)
 
 # Whatever is fetched is fetched for these programs alone: nothing of it goes into .venv. CLIENTS="aiperf", or any other.
 build/clients/%/.installed: tests/clients/%.txt tests/clients/without-torch.txt | $(KERNELS)

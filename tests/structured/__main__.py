@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
-from structured import hostile, schemas  # noqa: E402
+from structured import hostile, schemas
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from cierzo.engine.text.grammar_limits import parser_limits
 from cierzo.engine.text.token_table import grammar_tokenizer
 
 END, OTHER_END, CONTROL = 256, 257, 258
-# Tokens of several bytes as vocabularies have them: across the borders of JSON's words, of characters and of digits.
+# Tokens of several bytes, as vocabularies have them: across the borders of words, of characters and of numbers.
 PIECES = (
     *('{"', '":', '": ', '", "', '"}', '":"', "[]", "{}", "]}", '["', "}, {", ": [", "true", "false", "null", "tr"),
     *(" ", "  ", "\n  ", ", ", "00", "12", "123", "2024", "-0", "1.", ".5", "e1", "the", "ab", "abc", "foo", "re"),

@@ -1,5 +1,4 @@
-"""JSON schemas at random: of what llguidance says it can do, of all kinds and within each other. No numbers of a run
-but its seed decide them."""
+"""JSON schemas at random: all that llguidance says it can do, within each other. A seed makes one again."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ for _ in range(40):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema",
          "missing"),
-        ({"response_format": FORMAT | {"type": "json_object"}}, "response_format.json_schema", "is json_schema, not"),
+        ({"response_format": FORMAT | {"type": "json_object"}}, "response_format.json_schema", "not json_object"),
         ({"response_format": FORMAT | {"schema": {}}}, "response_format.schema", "unknown field"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}},
          "response_format.json_schema.schema", "must be an object"),
@@ -182,7 +182,7 @@ for _ in range(40):
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", "unknown field"),
         ({"tool_choice": NAMED | {"function": {}}}, "tool_choice.function.name", "missing"),
         ({"tool_choice": NAMED | {"function": "f"}}, "tool_choice.function", "must be an object"),
-        ({"tool_choice": NAMED | {"function": {"name": "none"}}}, "tool_choice.function.name", "choices of their own"),
+        ({"tool_choice": NAMED | {"function": {"name": "none"}}}, "tool_choice.function.name", "of their own"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "what is in tools may be called"),
         ({"tool_choice": {"type": "custom"}}, "tool_choice.type", "JSON alone"),
         # what the engine finds out, by the names of the body

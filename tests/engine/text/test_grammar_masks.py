@@ -1,5 +1,5 @@
-"""Masks beside a brute-force filter of the vocabulary: each token asked alone, of another library, whether a text of
-the language may begin so. Token by token, along ways through the grammar."""
+"""Masks beside a brute-force filter of the vocabulary: of each token alone another library says whether a text may
+begin so. Token by token, along ways through the grammar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from grammar_walks import Language, Walker, documents, language_of
 
-TEXTS = ["red", "re", "red red", "größe", "grün", "日本", "日", "😀", "the", "", '"a"', "\\n", "a\nb", "12", "123"]
+TEXTS = ["red", "re", "red red", "größe", "grün", "日本", "日", "😀", "the", '"a"', "\\n", "a\nb", "12", "123"]
 PATTERNS = [
     "(foo|bar)(-[a-c]{1,3})?",
     "[0-9]{2,4}",
@@ -18,10 +18,9 @@ PATTERNS = [
     "(ab|a)(c|bcd)?",
     r"-?(0|[1-9][0-9]*)(\.[0-9]+)?",
     r"\d{4}-\d{2}-\d{2}",
-    '("[^"\\\\x00-\\x1f]*")',
+    r'"[a-z"]{0,3}"',
     "(red|re|r)(d|ed)?",
     r"x{3,5}|[ab]{0,2}",
-    "",
 ]
 # A schema, and every text that holds it, sign by sign.
 SCHEMAS = [
@@ -104,7 +103,7 @@ def test_schemas(walker, schema, texts):
         follow(walker, grammar, documents(*texts), number)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:-1])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_whole_texts_match_their_pattern(walker, pattern):
     grammar, found = walker.written("regex", pattern), set()
     for number in range(20):
