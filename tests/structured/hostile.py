@@ -42,6 +42,12 @@ def _product(count: int) -> str:
     return json.dumps({"allOf": [union] * 6})
 
 
+def _chain(count: int, number: int) -> str:
+    """Definitions each of which needs the next: depth without brackets."""
+    each = {f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(count)}
+    return json.dumps({"$ref": "#/$defs/d0", "$defs": {**each, f"d{count}": {"const": number}}})
+
+
 def _lark(rules: str) -> Body:
     return {"kind": "lark", "value": rules}
 
@@ -59,12 +65,19 @@ HOSTILE: dict[str, Callable[[int], Body]] = {
     "depth 10,000": lambda n: _schema(_within({"const": n}, 10_000)),
     "depth 1,000": lambda n: _schema(_within({"const": n}, 1_000)),
     "40,000 alternatives": lambda n: _lark("start: " + " | ".join(f'"a{n}b{each}"' for each in range(40_000))),
-    "40,000 rules": lambda n: _lark("\n".join(f'r{each}: "{n}" r{each + 1}' for each in range(9_000))),
+    "15,000 alternatives": lambda n: _lark("start: " + " | ".join(f'"{n}b{each}"' for each in range(15_000))),
+    "9,000 rules": lambda n: _lark(
+        "start: r0\n" + "\n".join(f'r{each}: "{n}" r{each + 1}' for each in range(9_000)) + '\nr9000: "x"'
+    ),
     "40,000 choices": lambda n: {"kind": "choice", "value": [f"{n} {each}" for each in range(40_000)]},
     "enum of 50,000": lambda n: _schema({"enum": [f"{n}:{each}" for each in range(50_000)]}),
+    "enum of 15,000": lambda n: _schema({"enum": [f"{n}:{each}" for each in range(15_000)]}),
+    "500 properties": lambda n: _schema({"properties": {f"p{n}x{each}": {"type": "null"} for each in range(500)}}),
     "3,000 properties": lambda n: _schema(
         {"properties": {f"p{n}x{each}": {"type": "null"} for each in range(3_000)}}
     ),
+    "what comes later": lambda n: _lark(f'start: "z{n}" ' + " ".join(['"a"?'] * 6_000)),
+    "2,000 definitions": lambda n: _schema(_chain(2_000, n)),
     "x{100000}": lambda n: _regex(f"y{{{n + 1}}}x{{100000}}"),
     "counts within counts": lambda n: _regex(f"((a{{100}}b{{{n + 1}}}){{100}}c){{100}}"),
     "optional ones before as many": lambda n: _regex(f"(a?){{{500 + n}}}a{{{500 + n}}}"),
