@@ -1,4 +1,4 @@
-"""Texts at random that grammars of schemas allow, judged by jsonschema; and what docs/structured.md says of them."""
+"""Texts at random that grammars of schemas allow, judged by jsonschema; and what structured.md says of them."""
 
 from __future__ import annotations
 
