@@ -20,7 +20,12 @@ _ABILITY_OF = {name: ability for ability, names in _ABILITIES.items() for name i
 
 def absent(name: str) -> str:
     """Say which ability a name asks for that no server has, or has not under this name; "" for any other name."""
-    ability = _ABILITY_OF.get(name)
     if name in _GRAMMARS:
         return f"an answer is held to a schema, pattern or grammar by the field grammar, not by {name}"
+    return lacking(name)
+
+
+def lacking(name: str) -> str:
+    """Say which ability a name asks for that no server has; "" for any other name."""
+    ability = _ABILITY_OF.get(name)
     return f"this engine has no {ability}: {name}" if ability else ""

@@ -46,6 +46,7 @@ def read_fim(body: bytes, rules: Rules) -> Asked:
     read.arguments["text"] = text("", read.given, "prompt")
     read.arguments.setdefault("max_tokens", rules.model.max_model_len)
     read.places["text"] = "prompt"
+    read_grammar(read)
     return read.asked()
 
 

@@ -23,32 +23,15 @@ KINDS = {
 
 
 def read_grammar(read: Body) -> None:
-    """Take over what response_format or structured_outputs ask for. Raises InvalidRequest for both of them."""
-    if (asked := read.given.get("response_format")) is not None:
-        place, kind = "response_format.json_schema", read.sieve.kind(asked, FORMATS, "response_format")
-        schema = asked.get("json_schema")
-        if schema is not None and kind != "json_schema":
-            raise must_be(place, f"left out, unless response_format.type is json_schema, not {kind}", schema)
-        if schema is None and kind == "json_schema":
-            raise missing(place)
-        _format(read, kind, schema or {}, "response_format.type", place)
+    """Take over what a format or structured_outputs ask for. Raises InvalidRequest for both of them."""
+    _text_format(read) if read.endpoint == "responses" else _response_format(read)
     if (asked := read.given.get("structured_outputs")) is None:
         return
     if "grammar" in read.arguments:
-        what = "structured_outputs and response_format both say what the answer holds"
+        other = "text.format" if read.endpoint == "responses" else "response_format"
+        what = f"structured_outputs and {other} both say what the answer holds"
         raise InvalidRequest(what, field="structured_outputs", limit="one of them", value="both")
     _structured(read, asked, "structured_outputs")
-
-
-def read_text_format(read: Body) -> None:
-    """Take over the format of a response's text."""
-    if (asked := read.given.get("text", {}).get("format")) is None:
-        return
-    place, kind = "text.format", read.sieve.kind(asked, FORMATS, "text.format")
-    if "schema" in asked and kind != "json_schema":
-        limit = f"left out, unless text.format.type is json_schema, not {kind}"
-        raise must_be("text.format.schema", limit, asked["schema"])
-    _format(read, kind, asked, "text.format.type", place)
 
 
 def read_choice(read: Body) -> None:
@@ -72,6 +55,28 @@ def read_choice(read: Body) -> None:
         limit = f"a name other than {', '.join(WORDS)}, which are choices of their own"
         raise InvalidRequest(f"{field} is {name!r}, allowed: {limit}", field=field, limit=limit, value=name)
     read.arguments["tool_choice"], read.places["tool_choice"] = name, field
+
+
+def _response_format(read: Body) -> None:
+    if (asked := read.given.get("response_format")) is None:
+        return
+    place, kind = "response_format.json_schema", read.sieve.kind(asked, FORMATS, "response_format")
+    schema = asked.get("json_schema")
+    if schema is not None and kind != "json_schema":
+        raise must_be(place, f"left out, unless response_format.type is json_schema, not {kind}", schema)
+    if schema is None and kind == "json_schema":
+        raise missing(place)
+    _format(read, kind, schema or {}, "response_format.type", place)
+
+
+def _text_format(read: Body) -> None:
+    if (asked := read.given.get("text", {}).get("format")) is None:
+        return
+    place, kind = "text.format", read.sieve.kind(asked, FORMATS, "text.format")
+    if "schema" in asked and kind != "json_schema":
+        limit = f"left out, unless text.format.type is json_schema, not {kind}"
+        raise must_be("text.format.schema", limit, asked["schema"])
+    _format(read, kind, asked, "text.format.type", place)
 
 
 def _format(read: Body, kind: str, fields: dict[str, Any], kind_at: str, place: str) -> None:

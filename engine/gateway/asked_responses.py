@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cierzo.engine.frontend.bounds import count, missing, one_of, shown
-from cierzo.engine.gateway.asked_grammar import read_choice, read_text_format
+from cierzo.engine.gateway.asked_grammar import read_choice, read_grammar
 from cierzo.engine.gateway.field_rows import (
     ITEM_ROWS,
     ITEMS,
@@ -53,7 +53,7 @@ def read_responses(body: bytes, rules: Rules) -> Asked:
         arguments["reasoning_effort"] = reasoning["effort"]
         read.places["reasoning_effort"] = "reasoning.effort"
     read_choice(read)
-    read_text_format(read)
+    read_grammar(read)
     _logprobs(read)
     return read.asked()
 

@@ -206,7 +206,7 @@ COMPLETIONS = table(
     refused("add_special_tokens", "token ids are taken as they are", True),
 )
 FIM = table(
-    *(MODEL, SAMPLING, STREAMED, over("metadata", "prompt_cache_key")),
+    *(MODEL, SAMPLING, STREAMED, over("metadata", "prompt_cache_key"), RESPONSE_FORMAT, GUIDED),
     served("prompt", note="the text before the answer"),
     served("suffix", "suffix", "the text behind it; left out: the prompt is gone on with"),
     served("max_tokens", "max_tokens", "left out: what the context leaves"),
@@ -338,6 +338,8 @@ RESPONSES = table(
     served("parallel_tool_calls", "parallel_tool_calls", "false: at most one call"),
     served("reasoning", inner=REASONING),
     served("text", inner=TEXT_FORMAT),
+    *GUIDED,
+    refused("response_format", "text.format says it"),
     served("top_logprobs", note="alternatives beside each token"),
     served("include", note="message.output_text.logprobs; others name what no answer here has"),
     served("stream_options", note="with stream true alone", inner=RESPONSE_STREAM),

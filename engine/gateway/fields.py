@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.absent import absent
+from cierzo.engine.frontend.absent import lacking
 from cierzo.engine.frontend.bounds import must_be, shown
 
 Treatment = Literal["served", "passed over", "refused"]
@@ -131,7 +131,7 @@ class Sieve:
             self._over[re.sub(r"[^\w.\-]", "?", name)[:MAX_NAME_CHARS]] = None
 
     def _unknown(self, name: str, value: Any, rows: Table, place: str) -> None:
-        field, reason = at(place, shown(name)), absent(name)
+        field, reason = at(place, shown(name)), lacking(name)
         if self._lenient and not reason:
             self.pass_over(at(place, name[:MAX_NAME_CHARS]))
             return

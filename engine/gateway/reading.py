@@ -18,7 +18,7 @@ from cierzo.engine.messages import ModelInfo
 Endpoint = Literal["chat", "completions", "fim", "responses"]
 _is_token_id = re.compile("0|[1-9][0-9]{0,18}").fullmatch  # as JSON writes an integer: each id in one way
 _in_a_function = re.compile(
-    r"((?:messages\[\d+\]\.tool_calls|tools)\[\d+\])\.(name|arguments|description|parameters)"
+    r"((?:messages\[\d+\]\.tool_calls|tools)\[\d+\])\.(name|arguments|description|parameters|strict)"
 )
 
 

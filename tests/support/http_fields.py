@@ -25,8 +25,8 @@ the types of the installed clients.
 - **refused**: an error of status 400 that names it, unless it has one of the values that ask for nothing.
 
 A field that is in no table is refused by name, with the nearest one that is; a lenient server passes it over, and
-says so in the answer's headers. That does not hold for names by which other engines know grammars, adapters, beam
-search or embeddings: those are always refused. `null` is the same as left out, in every place. A temperature
+says so in the answer's headers. That does not hold for names by which other engines know adapters, beam search or
+embeddings: those are always refused. `null` is the same as left out, in every place. A temperature
 that is left out is 0.7, as in `generate`, and not 1.
 
 **JSON.** A body is one JSON object in UTF-8. Refused, with the place: a name that an object has twice, `NaN` and

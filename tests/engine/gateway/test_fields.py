@@ -17,7 +17,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params, response_input_item_param
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.absent import absent
+from cierzo.engine.frontend.absent import lacking
 from cierzo.engine.frontend.client_options import GenerateArguments
 from cierzo.engine.gateway import field_rows as rows
 from cierzo.engine.gateway.fields import MAX_TOLD, Sieve, over, refused, served, table
@@ -70,7 +70,8 @@ def _literals(hint: Any) -> Iterable[str]:
 
 MISTRAL_MESSAGES = (mistral.SystemMessage, mistral.UserMessage, mistral.AssistantMessage, mistral.ToolMessage)
 MISTRAL_CHAT = (mistral.ChatCompletionRequest, mistral.ChatCompletionStreamRequest)
-VLLM = {row.name for row in (*rows.EXTRAS, *rows.GUIDED)}
+GUIDED = {row.name for row in rows.GUIDED}
+VLLM = {row.name for row in rows.EXTRAS} | GUIDED
 OURS = {row.name for row in rows.SAMPLING}
 # Table, types that it stands for, and what it has beside theirs.
 WALKED = [
@@ -93,13 +94,13 @@ WALKED = [
         "fim",
         rows.FIM,
         names(mistral.FIMCompletionRequest, mistral.FIMCompletionStreamRequest),
-        OURS | {"stream_options"},
+        OURS | {"stream_options", "response_format"} | GUIDED,
     ),
     (
         "responses",
         rows.RESPONSES,
         names(*get_args(response_create_params.ResponseCreateParams), mistral.CreateResponseRequest),
-        OURS,
+        OURS | GUIDED | {"response_format"},
     ),
     (
         "stream_options",
@@ -351,5 +352,5 @@ def test_a_type_is_named_with_those_that_are_served():
 
 @pytest.mark.parametrize("table", [rows.CHAT, rows.COMPLETIONS, rows.FIM, rows.RESPONSES])
 def test_what_the_engine_says_that_it_lacks_is_not_served(table):
-    lacking = {row.name for row in table.values() if row.treatment == "served" and absent(row.name)}
-    assert lacking <= {"prompt_logprobs", "echo"}
+    found = {row.name for row in table.values() if row.treatment == "served" and lacking(row.name)}
+    assert found <= {"prompt_logprobs", "echo"}
