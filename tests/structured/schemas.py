@@ -17,12 +17,13 @@ from chaos.server import serving
 
 from cierzo.engine.errors import CierzoError
 from structured.asking import asking
-from structured.judge import fault
+from structured.judge import CannotJudge, fault
 
 from random_schemas import Schemas  # isort: skip
 
 SUITE = "jsonschema==4.26.0"  # whose source archive carries the suite
 DRAFTS = ("draft2020-12", "draft2019-09", "draft7", "draft6", "draft4")
+ANOTHER_DIALECT = "ecmascript-regex"  # patterns of ECMAScript's words: the judge reads Python's
 ANSWERS = 2  # of each schema
 LEAST_WHOLE = 0.6  # of the answers that were begun; the others met max_tokens
 
@@ -45,7 +46,7 @@ def suite_schemas(folder: Path) -> Iterator[tuple[str, Any]]:
     for draft in DRAFTS:
         for path in sorted((tests / draft).rglob("*.json")):
             for case in json.loads(path.read_text(encoding="utf-8")):
-                if isinstance(case["schema"], dict):
+                if isinstance(case["schema"], dict) and path.stem != ANOTHER_DIALECT:
                     schema = {"$schema": _DIALECT[draft], **case["schema"]}
                     yield f"{draft} {path.stem}: {case['description']}", schema
 
@@ -89,9 +90,14 @@ async def _ask(server: Any, schemas: Iterator[tuple[str, Any]]) -> tuple[Counter
         counts[kind] += 1
         if kind == "failed":
             wrong.append(f"{place}: {reason}: {answer.message}")
-        if kind == "cut" and not answer.incomplete and fault(schema, answer.text):
+        try:
+            what = fault(schema, answer.text)
+        except CannotJudge:
+            counts["not judged"] += 1
+            return
+        if kind == "cut" and not answer.incomplete and what:
             wrong.append(f"{place}: cut, and not told as incomplete: {answer.text!r}")
-        if kind == "whole" and (what := fault(schema, answer.text)):
+        if kind == "whole" and what:
             wrong.append(f"{place}: {what}: {answer.text!r} of {json.dumps(schema)[:500]}")
 
     async with asking(server) as asked, asyncio.TaskGroup() as group:
