@@ -186,7 +186,8 @@ def _judge(report: Report, without: list[float], beside: list[float]) -> None:
 def run(rounds: int = 2, names: list[str] | None = None) -> bool:
     """The whole of it; whether all was well."""
     report = Report("hostile grammars")
-    with serving(words=True, max_frame_bytes=16 * 1024 * 1024) as server:
+    # So much room that no stream is ever preempted, which would be a gap of its own.
+    with serving(words=True, kv_cache_gib=0.5, max_frame_bytes=16 * 1024 * 1024) as server:
         core, before_kb = server.core, resident_kb(server.front_end)
         told = asyncio.run(_beside(server, rounds, names or [*HOSTILE], report))
         for outcome, count in told.items():
