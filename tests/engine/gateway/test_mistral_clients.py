@@ -85,15 +85,24 @@ def test_calls_in_a_stream(either):
     assert events[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_forms_of_answers_are_refused_by_name_as_long_as_there_are_no_grammars(either):
+def test_forms_of_answers(either):
     class Wind(pydantic.BaseModel):
         knots: int
 
-    with _client(either("Hello")) as client:
-        for parse in (client.chat.parse, client.chat.parse_stream):
-            with pytest.raises(errors.SDKError) as refused:
-                parse(Wind, model="fake", messages=MESSAGES)
-            assert json.loads(refused.value.body)["error"]["param"] == "response_format"
+    with _client(either('{"knots": 3}')) as client:
+        whole = client.chat.parse(Wind, model="fake", messages=MESSAGES)
+        assert whole.choices[0].message.parsed == Wind(knots=3)
+        events = [event.data for event in client.chat.parse_stream(Wind, model="fake", messages=MESSAGES)]
+        assert "".join(event.choices[0].delta.content or "" for event in events) == '{"knots": 3}'
+
+
+@pytest.mark.parametrize("choice", ["any", "required", {"type": "function", "function": {"name": "wind"}}])
+def test_calls_that_must_come(either, choice):
+    house = either(FakeAnswer(calls=[("wind", {"at": "sea"})]))
+    with _client(house) as client:
+        answer = client.chat.complete(model="fake", messages=MESSAGES, tools=[TOOL], tool_choice=choice)
+    assert answer.choices[0].message.tool_calls[0].function.name == "wind"
+    assert house.requests[-1].tool_choice == ("wind" if isinstance(choice, dict) else "required")
 
 
 def test_log_probabilities_of_the_prompt(either):

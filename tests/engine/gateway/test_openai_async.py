@@ -136,24 +136,32 @@ def test_a_response_with_a_tool_goes_on(using):
     using([SAYS, "Calm."], body)
 
 
-def test_forms_of_answers_are_refused_by_name_as_long_as_there_are_no_grammars(using):
+def test_forms_of_answers(using):
     async def body(client):
         asked = {"model": "fake", "messages": MESSAGES}
-        with pytest.raises(openai.BadRequestError) as refused:
-            await client.chat.completions.parse(**asked, response_format=Wind)
-        assert refused.value.param == "response_format"
-        with pytest.raises(openai.BadRequestError) as refused:
-            await client.responses.parse(model="fake", input="Hi", text_format=Wind)
-        assert refused.value.param == "text.format"
-        with pytest.raises(openai.BadRequestError) as refused:
-            await client.chat.completions.parse(**asked, tools=[openai.pydantic_function_tool(Wind)])
-        assert refused.value.param == "tools[0].function.strict"
+        whole = await client.chat.completions.parse(**asked, response_format=Wind)
+        assert whole.choices[0].message.parsed == Wind(knots=3)
+        parsed = await client.responses.parse(model="fake", input="Hi", store=False, text_format=Wind)
+        assert parsed.output_parsed == Wind(knots=3)
+        assert parsed.text.format.name == "Wind"
+        assert parsed.text.format.schema_["properties"] == Wind.model_json_schema()["properties"]
         whole = await client.chat.completions.parse(**asked)  # no form: as create
         assert whole.choices[0].message.content == '{"knots": 3}'
         parsed = await client.responses.parse(model="fake", input="Hi", store=False)
         assert parsed.output_text == '{"knots": 3}'
 
     using('{"knots": 3}', body)
+
+
+def test_calls_that_hold_their_schema(using):
+    async def body(client):
+        tools = [openai.pydantic_function_tool(Wind)]
+        named = {"type": "function", "function": {"name": "Wind"}}
+        whole = await client.chat.completions.parse(model="fake", messages=MESSAGES, tools=tools, tool_choice=named)
+        assert whole.choices[0].finish_reason == "tool_calls"
+        assert whole.choices[0].message.tool_calls[0].function.parsed_arguments == Wind(knots=3)
+
+    using(FakeAnswer(calls=[("Wind", {"knots": 3})]), body)
 
 
 def test_what_clients_of_vllm_send_beside(using):
