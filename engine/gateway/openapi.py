@@ -41,6 +41,7 @@ TYPES = {
     **dict.fromkeys(("messages", "tools", "tokens", "include"), "array"),
     **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), "integer or array"),
     **dict.fromkeys(("stream_options", "logit_bias", "reasoning", "text", "prompt_cache_options"), "object"),
+    **dict.fromkeys(("response_format", "structured_outputs"), "object"),
     **dict.fromkeys(("prompt", "input", "stop", "bad_words"), "string or array"),
     **dict.fromkeys(("logprobs", "prompt_logprobs", "top_prompt_logprobs"), "integer"),
     "tool_choice": "string or object",
@@ -57,22 +58,28 @@ IN_LISTS = {  # what is in the lists among them
     **dict.fromkeys(("include", "bad_words", "stop"), "string"),
 }
 _TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
-_WIND = {"name": "wind", "parameters": {"type": "object", "properties": {"at": TEXT}}}
+_SCHEMA = {"type": "object", "properties": {"at": TEXT}}
+_WIND = {"name": "wind", "parameters": _SCHEMA}
+_FORM = {"name": "wind", "schema": _SCHEMA}
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {"messages": _TURNS, "max_tokens": 8},
         {"messages": _TURNS, "max_tokens": 8, "stream": True, "stream_options": {"include_usage": True}},
         {"messages": _TURNS, "max_tokens": 8, "n": 2, "logprobs": True, "top_logprobs": 2},
         {"messages": _TURNS, "max_tokens": 8, "tools": [{"type": "function", "function": _WIND}]},
+        {"messages": _TURNS, "response_format": {"type": "json_schema", "json_schema": _FORM}},
+        {"messages": _TURNS, "tools": [{"type": "function", "function": _WIND}], "tool_choice": "required"},
     ],
     "/v1/completions": [
         {"prompt": "The sky is", "max_tokens": 8},
         {"prompt": ["The sky is", "The sea is"], "max_tokens": 8, "stream": True},
+        {"prompt": "The sky is", "structured_outputs": {"choice": [" blue", " grey"]}},
         {"prompt": [1, 2, 3], "max_tokens": 1, "echo": True, "logprobs": 1},
     ],
     "/v1/fim/completions": [{"prompt": "def odd(n):", "max_tokens": 8}],
     "/v1/responses": [
         {"input": "Why is the sky blue?", "max_output_tokens": 8},
+        {"input": "Why is the sky blue?", "text": {"format": {"type": "json_schema", **_FORM}}},
         {"input": _TURNS, "max_output_tokens": 8, "tools": [{"type": "function", **_WIND}], "stream": True},
     ],
     "/tokenize": [{"prompt": "The sky is", "return_token_strs": True}, {"messages": _TURNS}],
