@@ -47,9 +47,10 @@ def read_choice(read: Body) -> None:
         place, found = "tool_choice", read.sieve.served(choice, RESPONSE_CHOICE, "tool_choice")
     else:
         read.sieve.kind(choice, CHOICES, "tool_choice", default="function")  # which Mistral's clients may leave out
-        place, found = "tool_choice.function", read.sieve.served(choice, CHOICE, "tool_choice").get("function")
-        if found is None:
+        place, chosen = "tool_choice.function", read.sieve.served(choice, CHOICE, "tool_choice")
+        if "function" not in chosen:
             raise missing(place)
+        found = chosen["function"]
     field, name = at(place, "name"), text(place, found, "name")
     if name in WORDS:
         limit = f"a name other than {', '.join(WORDS)}, which are choices of their own"
