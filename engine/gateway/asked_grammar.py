@@ -1,4 +1,4 @@
-"""What a body asks of an answer's form: a format or grammar that it holds, and a choice among its tools."""
+"""Forms of answers in bodies: a format or grammar that one holds, and a choice among its tools."""
 
 from __future__ import annotations
 
