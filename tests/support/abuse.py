@@ -319,10 +319,45 @@ async def scored_prompts(address: str, scale: float) -> Figures:
     return {"entries_per_s": count / took_s}
 
 
+async def grammars(address: str, scale: float) -> Figures:
+    """Schemas, patterns, choices and grammars that cost time or depth, in frames of 60 kB that are read where they
+    arrive, and of 4 MiB; and strict tools."""
+    rules = "".join(f'r{each}: "a" r{each + 1}\n' for each in range(3000))
+    values: list[tuple[str, Any]] = [
+        ("json_schema", '{"items":' * 5000 + "{}" + "}" * 5000),
+        ("json_schema", json.dumps({"properties": {f"p{each}": {"type": "integer"} for each in range(1500)}})),
+        ("json_schema", json.dumps({"enum": ["x" * 50_000]})),
+        ("json_schema", "[" * 60_000),
+        ("regex", "(a|b)?" * 9000),
+        ("regex", "x{50000}" * 20),
+        ("regex", "(" * 60_000),
+        ("choice", [f"{each} choice" for each in range(4000)]),
+        ("lark", f'start: r0\n{rules}r3000: "b"'),
+        ("lark", "start: " + '"a"? ' * 10_000),
+        ("regex", "a" * (FRAME - 200)),
+        ("choice", ["a"] * 1_000_000),
+    ]
+    wire, number = await Wire.connect(address, "grammars", "parts"), _count(scale, 120)
+    for n in range(number):
+        kind, value = values[n % len(values)]
+        grammar = {"kind": kind, "value": value}
+        wire.send(frame(encode({"type": "generate", "stream": n, "text": f"{n}", "grammar": grammar})))
+        await wire.writer.drain()
+    schema = {"properties": {f"p{each}": {"type": "string"} for each in range(100)}}
+    tools = [{"name": f"f{each}", "parameters": schema, "strict": True} for each in range(20)]
+    asked = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required"}
+    wire.send(frame(encode({"type": "generate", "stream": number, **asked})))
+    answers = await wire.ends(number + 1)
+    await wire.close()
+    assert len(answers) == number + 1
+    codes = [answer.get("code") for answer in answers]
+    return {"served": codes.count(None), "refused": codes.count("invalid_request")}
+
+
 ATTACKS: tuple[Callable[[str, float], Awaitable[Figures]], ...] = (
     *(empty_messages, small_chats, ids, small_ids, output_ids, parameters, inline_prompts, long_prompts),
     *(nesting, lists_first, pings, oversized, half_frames, attached_prompts, hopeless_prompts, long_finals),
-    scored_prompts,
+    *(scored_prompts, grammars),
 )
 
 

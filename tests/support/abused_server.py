@@ -126,7 +126,7 @@ async def serve(limits: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))
         config = FrontendConfig(address="127.0.0.1:0", **limits)
-        model = fake_model(name="abused", max_model_len=MAX_MODEL_LEN, eos_token_ids=[])
+        model = fake_model(name="abused", max_model_len=MAX_MODEL_LEN, eos_token_ids=[299])  # which no text has
         core = InstantCore()
         encoders = Encoders(config, Setup(checkpoint=folder, frontend=config, model=model))
         frontend = core.frontend = Frontend(config, model, PromptEncoder.load(Path(folder)), core, encoders)
