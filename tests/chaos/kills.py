@@ -18,32 +18,41 @@ from .talk import Body, Talk
 WORKERS = 8
 REQUESTS = 24
 READY_S = 60.0
+Right = tuple[str, dict[int, list[int]]]  # why an answer ends, and the tokens of its samples
+GRAMMARS: tuple[Body, ...] = (
+    {"kind": "regex", "value": "([a-f]{2,9} ){3,90}"},
+    {"kind": "json_schema", "value": '{"type":"array","items":{"type":"integer"},"minItems":20}'},
+    {"kind": "lark", "value": 'start: word ("," word)*\nword: /[a-z]{1,8}/ | "(" start ")"'},
+)
 
 
 def bodies(rng: random.Random) -> list[Body]:
-    """Requests that are asked again and again."""
-    return [
+    """Requests that are asked again and again; a third are held to grammars."""
+    asked: list[Body] = [
         {
-            "token_ids": [rng.randrange(3, 300) for _ in range(rng.choice((3, 40, 150)))],
+            "token_ids": [rng.randrange(64, 300) for _ in range(rng.choice((3, 40, 150)))],
             "sampling": {"max_tokens": rng.choice((20, 100, 300)), "seed": i, "n": 1 + i % 2, "ignore_eos": True},
         }
         for i in range(REQUESTS)
     ]
+    for number, body in enumerate(asked[::3]):
+        body["grammar"] = GRAMMARS[number % len(GRAMMARS)]
+    return asked
 
 
-async def _unbroken(address: str, asked: list[Body]) -> list[dict[int, list[int]]]:
+async def _unbroken(address: str, asked: list[Body]) -> list[Right]:
     talk = await Talk.connect(address)
     streams = [talk.start(body) for body in asked]
     answers = [await talk.finished(stream) for stream in streams]
     talk.close()
-    assert all(answer.reason == "length" for answer in answers), [answer.end for answer in answers]
-    return [answer.tokens for answer in answers]
+    assert all(answer.reason in ("length", "stop") for answer in answers), [answer.end for answer in answers]
+    return [(answer.reason, answer.tokens) for answer in answers]
 
 
 class _Load:
     """Workers that ask until told to stop, and compare."""
 
-    def __init__(self, address: str, asked: list[Body], right: list[dict[int, list[int]]], seed: int) -> None:
+    def __init__(self, address: str, asked: list[Body], right: list[Right], seed: int) -> None:
         self._address = address
         self._asked = asked
         self._right = right
@@ -67,7 +76,7 @@ class _Load:
                 continue
             self.num_answers += 1
             self.longest_s = max(self.longest_s, answer.end_s - answer.began_s)
-            if answer.reason != "length" or answer.tokens != self._right[index]:
+            if (answer.reason, answer.tokens) != self._right[index]:
                 self.wrongs.append(f"request {index} ended as {answer.end}, {answer.tokens}")
         talk.close()
 
@@ -118,7 +127,7 @@ def run(count: int = 200, seed: int = 0) -> bool:
         await asyncio.gather(*workers)
         return load, harmed
 
-    with serving(**often) as server:
+    with serving(words=True, **often) as server:
         load, (killed, stopped) = asyncio.run(all_of_it(server))
         stats = server.stats()
     report = Report("kills")

@@ -18,6 +18,7 @@ from .network import Network
 from .peer import Peer, frame
 
 HELLO_S = 30.0
+PATTERNS = ("[0-9A-Z]{1,8}", "(AB|C)*D", "X{0,9}(YY|Z)", "[A-Z]{40,60}", "0|1[0-5]*", "(A|B|C ){2,30}")
 SYSTEM_TIMEOUT_S = 15.0  # until a system gives a half-open connection up
 
 
@@ -37,6 +38,7 @@ class Client:
         thinks: bool = False,
         tenant: str = "",
         key: str = "",
+        holds: bool = False,
     ) -> None:
         self.rng = rng
         self._network = network
@@ -47,6 +49,7 @@ class Client:
         self._poisoned = poisoned
         self._everybody = everybody
         self._thinks = thinks
+        self._holds = holds  # some answers to grammars
         self._tenant, self._key = tenant, key  # "": the server has none
         self._loop = asyncio.get_running_loop()
         self.peers: list[Peer] = []
@@ -176,6 +179,8 @@ class Client:
         keyed = [one for one in self._history.requests if self._has_key(one)]
         if self._thinks and peer is not None:  # else it depends on who comes first, in which form the answer comes
             keyed = [one for one in keyed if one.is_apart == ("parts" in peer.features)]
+        if peer is not None and "grammars" not in peer.features:
+            keyed = [one for one in keyed if "grammar" not in one.body]
         if peer is not None and keyed and "resume" in peer.features:
             self._send(peer, self.rng.choice(keyed))
 
@@ -276,6 +281,8 @@ class Client:
         if rng.random() < 0.2:
             sampling["logprobs"] = rng.randrange(3)
         body: Body = {"type": "generate", "token_ids": prompt, "sampling": sampling}
+        if self._holds and "grammars" in peer.features and rng.random() < 0.4:
+            body["grammar"] = {"kind": "regex", "value": rng.choice(PATTERNS)}
         if rng.random() < 0.2:
             body["deltas"] = False
         if rng.random() < 0.2:

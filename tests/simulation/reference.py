@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cierzo.cache.config import CacheConfig
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.messages import SamplingParams, Submit, TokenLogprobs
+from cierzo.engine.messages import Generate, Grammar, SamplingParams, Submit, TokenLogprobs, Vocabulary
+from cierzo.engine.text.grammar import GrammarWriter
 from cierzo.engine.text.syntax import Syntax
 from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
 from cierzo.engine.text.tokenizer_config import TokenizerConfig
@@ -50,9 +52,10 @@ class Answer:
 
 
 class References:
-    """Answers, each computed once."""
+    """Answers, each computed once. vocabulary: what grammars are about."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, vocabulary: Vocabulary | None = None) -> None:
+        self._vocabulary = vocabulary
         limits = config.scheduler
         cache = CacheConfig(block_tokens=16, num_blocks=4 * (limits.max_model_len // 16 + 1), prefix_caching=False)
         scheduler = msgspec.structs.replace(
@@ -73,8 +76,15 @@ class References:
         params = msgspec.convert(body["sampling"], SamplingParams)
         room = self._config.scheduler.max_model_len - len(body["token_ids"])
         params = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, room))
-        core = self._core = new_core(self._config, lambda: 0.0)
-        core.submit(Submit(request_id=0, prompt_token_ids=body["token_ids"], sampling=params))
+        held, grammar = body.get("grammar"), ""
+        if held is not None:
+            asked = Generate(stream=0, token_ids=[0], grammar=msgspec.convert(held, Grammar))
+            assert self._vocabulary is not None
+            writer = GrammarWriter(self._vocabulary, THOUGHTS if is_apart else None)
+            grammar = writer.write(asked, in_thinking=False, one_call=False, apart=is_apart)
+        core = self._core = new_core(self._config, lambda: 0.0, self._vocabulary if held else None)
+        prompt = body["token_ids"]
+        core.submit(Submit(request_id=0, prompt_token_ids=prompt, sampling=params, grammar=grammar))
         tokens: list[list[int]] = [[] for _ in range(params.n)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(params.n)]
         finishes: list[Any] = [None] * params.n
@@ -84,6 +94,9 @@ class References:
                 logprobs[delta.sample] += delta.logprobs or []
                 finishes[delta.sample] = delta.finish
         answer = _apart if is_apart else self._answer
+        if held is not None:
+            for each, finish in zip(tokens, finishes, strict=True):
+                _hold(held["value"], each, finish, self._config.model.eos_token_ids)
         return [answer(params, *each) for each in zip(tokens, logprobs, finishes, strict=True)]
 
     def _answer(
@@ -96,6 +109,14 @@ class References:
                 begin, stop = found
                 return Answer(tokens[:count], text[:begin], logprobs[:count], "stop", stop)
         return Answer(tokens, text, logprobs, finish.reason, finish.stop_token_id)
+
+
+def _hold(pattern: str, tokens: list[int], finish: Any, eos_token_ids: tuple[int, ...]) -> None:
+    """Demand that an answer which ended by itself matches its pattern."""
+    text = bytes(token for token in tokens if token not in eos_token_ids).decode()
+    matches = re.fullmatch(pattern, text) is not None
+    assert matches or finish.reason != "stop", (pattern, text)
+    assert finish.incomplete != matches, (pattern, text, finish)
 
 
 def _apart(params: SamplingParams, tokens: list[int], logprobs: list[TokenLogprobs], finish: Any) -> Answer:

@@ -31,6 +31,7 @@ HAPPENS = {
     "leap",
     "swizzle",
     "thoughts",
+    "held",  # to a grammar, to its end
 }
 
 
@@ -64,6 +65,7 @@ def test_a_seed_is_one_history():
         ]
 
     assert story(3) == story(3)
+    assert story(15) == story(15)  # with grammars, whose matchers and masks threads make
 
 
 def first_red():

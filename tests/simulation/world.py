@@ -19,6 +19,7 @@ from cierzo.engine.frontend.keys import key_line
 from cierzo.engine.frontend.tenants import RIGHTS
 from cierzo.engine.messages import ModelInfo
 from cierzo.engine.testing.words import fake_model
+from cierzo.engine.text.token_table import token_table
 from cierzo.engine.worker.fake import fake_config
 from cierzo.scheduler.config import SchedulerConfig
 
@@ -26,10 +27,10 @@ from .checker import Checker, costs
 from .client import Client
 from .history import History
 from .house import House
-from .link import SimulatedLink
+from .link import SimulatedLink, patience
 from .network import Network
 from .peer import Peer
-from .reference import References
+from .reference import References, byte_tokenizer
 
 WATCH_S = 0.05
 LATE_S = 0.1  # by which a stream may outlive its deadline in the tables
@@ -99,6 +100,10 @@ class World:
             eos_token_ids=self.eos,
         )
         self.thinks = seed % 4 == 0  # the model marks its thoughts
+        # Some requests are held to grammars, which a model without an end has none of.
+        self.vocabulary = (
+            token_table(byte_tokenizer(), self.vocab_size, self.eos) if self.eos and not seed % 5 else None
+        )
         self.tenants = [*TENANTS] if seed % 3 == 1 else []
         self.is_calm = False
         self.everybody: list[Peer] = []
@@ -113,9 +118,10 @@ class World:
         logger.addHandler(errors)
         propagates, logger.propagate = logger.propagate, False
         try:
-            loop.run_until_complete(self._live(loop))
-            checker = Checker(self.history, self.link, self.limits, References(self.config), self.thinks)
-            wrongs = checker.check()
+            with patience():
+                loop.run_until_complete(self._live(loop))
+                references = References(self.config, self.vocabulary)
+                wrongs = Checker(self.history, self.link, self.limits, references, self.thinks).check()
             self._count()
             return wrongs
         except Exception as error:
@@ -138,7 +144,8 @@ class World:
 
     async def _live(self, loop: VirtualLoop) -> None:
         rng = self.rng
-        self.link = SimulatedLink(random.Random(rng.random()), self.config, self.limits, self.clock)
+        seed = random.Random(rng.random())
+        self.link = SimulatedLink(seed, self.config, self.limits, self.clock, self.vocabulary)
         house = self._house()
         self.frontend, self.server = house.frontend, house.server
         self.network = Network(random.Random(rng.random()), self.server)
@@ -178,6 +185,7 @@ class World:
             self.thinks,
             tenant,
             tenant,
+            self.vocabulary is not None,
         )
 
     def _model(self) -> ModelInfo:
@@ -307,6 +315,7 @@ class World:
                     self.counts[end["code"]] += 1
                 for sample in end["samples"] if end is not None and end["type"] == "final" else ():
                     self.counts[sample["finish_reason"]] += 1
+                    self.counts["held"] += "grammar" in request.body and sample["finish_reason"] == "stop"
         self.counts["questions"] += len(self.history.questions)
         self.counts["hello"] += len(self.everybody)
 
