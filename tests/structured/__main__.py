@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
-from structured import hostile, schemas
+from structured import exact, hostile, schemas
 
 
 def main() -> int:
@@ -17,14 +17,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="structured", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--schemas", type=int, default=1000, metavar="N", help="random ones")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first of them")
+    parser.add_argument("--requests", type=int, default=400, metavar="N", help="that are asked again in other ways")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of each hostile grammar")
     parser.add_argument("--folder", type=Path, default=Path("build/structured"), help="where the public suite lies")
-    parser.add_argument("names", nargs="*", help="random, suite, hostile")
+    parser.add_argument("names", nargs="*", help="random, suite, exact, hostile")
     arguments = parser.parse_args()
     count, seed = arguments.schemas, arguments.seed
     parts: dict[str, Callable[[], bool]] = {
         "random": lambda: schemas.run("random schemas", schemas.random_schemas(count, seed)),
         "suite": lambda: schemas.run("the public suite", schemas.suite_schemas(arguments.folder)),
+        "exact": lambda: exact.run(arguments.requests, seed),
         "hostile": lambda: hostile.run(arguments.rounds),
     }
     if unknown := set(arguments.names) - set(parts):

@@ -18,7 +18,6 @@ from cierzo.engine.frontend.client import Client
 from cierzo.engine.messages import SampleEnd
 
 AT_ONCE = 32
-MAX_TOKENS = 192
 LIKELY, UNLIKELY = 4.0, -4.0
 
 
@@ -32,14 +31,15 @@ class Asking:
 
     async def answer(self, grammar: dict[str, Any], seed: int, **arguments: Any) -> SampleEnd | CierzoError:
         """An answer to its end, or why there is none."""
-        prompt = {} if "messages" in arguments else {"text": "Say it."}
-        sampling = {"max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": seed, "logit_bias": self._bias}
         async with self._room:
             try:
-                asked = {"grammar": grammar, **sampling, **prompt, **arguments}
-                return (await self.client.complete(**asked)).samples[0]
+                return (await self.client.complete(**self.arguments(grammar, seed), **arguments)).samples[0]
             except CierzoError as error:
                 return error
+
+    def arguments(self, grammar: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The arguments that bring an answer to an end."""
+        return {"grammar": grammar, "seed": seed, "logit_bias": self._bias}
 
 
 @asynccontextmanager

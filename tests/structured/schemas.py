@@ -24,6 +24,7 @@ from random_schemas import Schemas  # isort: skip
 SUITE = "jsonschema==4.26.0"  # whose source archive carries the suite
 DRAFTS = ("draft2020-12", "draft2019-09", "draft7", "draft6", "draft4")
 ANOTHER_DIALECT = "ecmascript-regex"  # patterns of ECMAScript's words: the judge reads Python's
+MAX_TOKENS = 192
 ANSWERS = 2  # of each schema
 LEAST_WHOLE = 0.6  # of the answers that were begun; the others met max_tokens
 
@@ -79,7 +80,8 @@ async def _ask(server: Any, schemas: Iterator[tuple[str, Any]]) -> tuple[Counter
     wrong: list[str] = []
 
     async def each(place: str, schema: Any, seed: int) -> None:
-        answer = await asked.answer({"kind": "json_schema", "value": json.dumps(schema)}, seed)
+        grammar = {"kind": "json_schema", "value": json.dumps(schema)}
+        answer = await asked.answer(grammar, seed, text="Say it.", max_tokens=MAX_TOKENS, temperature=1.0)
         if isinstance(answer, CierzoError):
             counts["refused"] += 1
             if answer.http_status != 400:
