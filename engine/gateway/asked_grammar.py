@@ -40,7 +40,6 @@ def read_choice(read: Body) -> None:
         return
     if not isinstance(choice, dict):
         one_of("tool_choice", choice if isinstance(choice, str) else str(shown(choice)), WORDS)
-        read.arguments["tool_choice"] = "required" if choice == "any" else choice
         return
     if read.endpoint == "responses":
         read.sieve.kind(choice, RESPONSE_CHOICES, "tool_choice")

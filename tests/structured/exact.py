@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from chaos.report import Report
-from chaos.server import serving
+from chaos.server import Server, serving
 from random_schemas import Schemas
 
 from cierzo.engine.errors import CierzoError
@@ -71,7 +71,17 @@ def holds(grammar: dict[str, Any], text: str) -> bool:
     return re.fullmatch(r"[a-z,()]+", text) is not None and text.count("(") == text.count(")")
 
 
-async def _again(asked: Asking, number: int, seed: int, wrong: list[str], counts: Counter[str]) -> None:
+class _Round:
+    """What came of all requests, of one server. said: by number."""
+
+    def __init__(self) -> None:
+        self.said: dict[int, tuple[Any, ...]] = {}
+        self.wrong: list[str] = []
+        self.counts = Counter[str]()
+
+
+async def _again(asked: Asking, number: int, seed: int, round_: _Round) -> None:
+    wrong, counts = round_.wrong, round_.counts
     random = Random(seed * 1_000_003 + number)
     what = request(random, number)
     first = await asked.answer(what["grammar"], number, **_without(what))
@@ -81,6 +91,7 @@ async def _again(asked: Asking, number: int, seed: int, wrong: list[str], counts
             wrong.append(f"{number}: {first.code}: {first.message}")
         return
     counts[first.finish_reason] += 1
+    round_.said[number] = _said(first)
     counts["incomplete"] += first.incomplete
     is_cut = isinstance(first.stop, str)
     if (
@@ -133,18 +144,24 @@ def _without(what: Asked) -> Asked:
     return {name: value for name, value in what.items() if name != "grammar"}
 
 
-def run(count: int = 400, seed: int = 0, **options: Any) -> bool:
-    """The whole of it; whether all was well."""
-    report, wrong, counts = Report("exact"), list[str](), Counter[str]()
-
-    async def all_of_it() -> None:
-        async with asking(server) as asked, asyncio.TaskGroup() as group:
-            for number in range(count):
-                group.create_task(_again(asked, number, seed, wrong, counts))
-
-    with serving(words=True, **options) as server:
-        asyncio.run(all_of_it())
-    report.say(", ".join(f"{number:,} {what}" for what, number in sorted(counts.items())))
-    report.say("\n  ".join(wrong[:SHOWN]))
-    report.need("answers that are wrong, or others than before", len(wrong), 0)
+def run(count: int = 400, seed: int = 0) -> bool:
+    """The whole of it, with steps one after the other and with overlapped ones; whether all was well."""
+    report, rounds = Report("exact"), []
+    for overlap in ("off", "on"):
+        found = _Round()
+        with serving(words=True, overlap=overlap) as server:
+            asyncio.run(_all_of_it(server, count, seed, found))
+        told = ", ".join(f"{number:,} {what}" for what, number in sorted(found.counts.items()))
+        report.say(f"overlap {overlap}: {told}")
+        report.say("\n  ".join(found.wrong[:SHOWN]))
+        report.need("answers that are wrong, or others when asked for again", len(found.wrong), 0)
+        rounds.append(found.said)
+    others = [number for number, said in rounds[0].items() if rounds[1].get(number) != said]
+    report.need("answers that are others with overlapped steps", others, [])
     return report.verdict()
+
+
+async def _all_of_it(server: Server, count: int, seed: int, found: _Round) -> None:
+    async with asking(server) as asked, asyncio.TaskGroup() as group:
+        for number in range(count):
+            group.create_task(_again(asked, number, seed, found))

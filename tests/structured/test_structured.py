@@ -6,13 +6,17 @@ import json
 
 import pytest
 
-from structured import hostile, schemas
+from structured import exact, hostile, schemas
 from structured.asking import LIKELY, UNLIKELY, bias_of
 from structured.judge import CannotJudge, fault
 
 
 def test_answers_of_random_schemas_validate(capsys):
     assert schemas.run("a few", schemas.random_schemas(40, first_seed=5_000)), capsys.readouterr().out
+
+
+def test_answers_are_the_same_in_other_ways(capsys):
+    assert exact.run(40), capsys.readouterr().out
 
 
 def test_hostile_grammars_are_answered_and_the_core_lives(capsys):
