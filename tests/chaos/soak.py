@@ -23,17 +23,20 @@ MOST_WARM_UP_S = 300.0
 SLOPE_KB_PER_MINUTE = 256.0
 NOISE_KB = 16 * 1024  # of a short run, over all of it
 CANCELLED = 0.1
+HELD = 0.1  # of the answers, to a grammar
 
 
 def _body(rng: random.Random) -> Body:
     body: Body = {
-        "token_ids": [rng.randrange(3, 300) for _ in range(rng.choice((5, 50, 400)))],
+        "token_ids": [rng.randrange(64, 300) for _ in range(rng.choice((5, 50, 400)))],
         "sampling": {"max_tokens": rng.choice((1, 16, 64, 200)), "n": rng.choice((1, 1, 1, 2)), "ignore_eos": True},
     }
     if rng.random() < 0.3:
         body["sampling"]["logprobs"] = 3
     if rng.random() < 0.2:
         body["deltas"] = False
+    if rng.random() < HELD:  # a new grammar nearly each time: what is known of them has a bound
+        body["grammar"] = {"kind": "regex", "value": f"[a-z]{{1,{rng.randrange(1, 100_000)}}}"}
     return body
 
 
@@ -109,7 +112,7 @@ def run(minutes: float = 30.0, seed: int = 0) -> bool:
         await asyncio.gather(_load(server.address, seconds, rate, rng, ends), _sampled(pids, seconds, samples))
         return await _idle(server)
 
-    with serving(runner="fake", max_cancels_per_s=100_000, kv_cache_gib=0.02) as server:
+    with serving(words=True, runner="fake", max_cancels_per_s=100_000, kv_cache_gib=0.02) as server:
         core = server.core
         assert core is not None
         pids = [server.front_end, core]

@@ -25,6 +25,8 @@ HELLO: dict[str, Any] = {
 OLD_HELLO = {"type": "hello", "magic": "cierzo", "version": 2}
 SAMPLING = {"max_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "n": 2, "stop": ["ab"], "seed": 3}
 GENERATE: dict[str, Any] = {"type": "generate", "stream": 1, "token_ids": [1, 2, 3], "sampling": {"max_tokens": 3}}
+SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1, "x"]}}, "required": ["a"]}'
+LARK = 'start: item ("," item)*\nitem: /[a-z]+/ | "(" start ")"'
 CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}", "id": "1"}]},
@@ -56,6 +58,11 @@ FRAMES: dict[str, dict[str, Any]] = {
     "tokenize-chat": {"type": "tokenize", "stream": 13, "messages": CHAT},
     "detokenize": {"type": "detokenize", "stream": 14, "token_ids": [*range(300)] * 10, "pieces": True},
     "tokenizer": {"type": "tokenizer", "stream": 15},
+    "hello-grammars": {**HELLO, "features": ["grammars", "parts"]},
+    "generate-schema": {**GENERATE, "stream": 16, "grammar": {"kind": "json_schema", "value": SCHEMA}},
+    "generate-regex": {**GENERATE, "stream": 17, "grammar": {"kind": "regex", "value": r"[a-c]{1,3}(\d|x)*"}},
+    "generate-choice": {**GENERATE, "stream": 18, "grammar": {"kind": "choice", "value": ["a", "b\n", "ñ"]}},
+    "generate-lark": {**GENERATE, "stream": 19, "grammar": {"kind": "lark", "value": LARK}},
 }
 SEQUENCES = {
     "asks": ["hello", "ping", "health", "stats", "model"],
@@ -64,6 +71,7 @@ SEQUENCES = {
     "attaches": ["hello", "attach", "generate-attached", "ping"],
     "resumes": ["hello", "generate-key", "generate-key", "resume", "cancel-request", "credit"],
     "words": ["hello-words", "tokenize", "tokenize-chat", "detokenize", "detokenize", "tokenizer"],
+    "holds": ["hello-grammars", "generate-schema", "generate-regex", "generate-choice", "generate-lark", "ping"],
     "twice": ["hello", "hello"],
     "no-hello": ["ping"],
 }

@@ -61,8 +61,8 @@ def new_core(config: EngineConfig, clock: Callable[[], float], vocabulary: Vocab
 
 def await_grammars(core: EngineCore) -> None:
     """Wait until threads have made what was asked for: how long that takes is not the world's."""
-    makers, scheduler = core._makers, core._scheduler
-    while not {*scheduler._held} <= {key for making in [*makers._made] for key in making.keys}:
+    makers, held = core._makers, {request.key for request in core._scheduler.requests() if request.is_held}
+    while not held <= {key for making in [*makers._made] for key in making.keys}:
         time.sleep(0.0001)
 
 
