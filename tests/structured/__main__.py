@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
-from structured import exact, hostile, schemas
+from structured import exact, first_mask, hostile, schemas
+
+
+MASKS = 31  # rounds of each grammar
 
 
 def main() -> int:
@@ -20,13 +24,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=400, metavar="N", help="that are asked again in other ways")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of each hostile grammar")
     parser.add_argument("--folder", type=Path, default=Path("build/structured"), help="where the public suite lies")
-    parser.add_argument("names", nargs="*", help="random, suite, exact, hostile")
+    parser.add_argument("names", nargs="*", help="random, suite, exact, first-mask, hostile")
     arguments = parser.parse_args()
     count, seed = arguments.schemas, arguments.seed
     parts: dict[str, Callable[[], bool]] = {
         "random": lambda: schemas.run("random schemas", schemas.random_schemas(count, seed)),
         "suite": lambda: schemas.run("the public suite", schemas.suite_schemas(arguments.folder)),
         "exact": lambda: exact.run(arguments.requests, seed),
+        "first-mask": lambda: asyncio.run(first_mask.measure(MASKS)),
         "hostile": lambda: hostile.run(arguments.rounds),
     }
     if unknown := set(arguments.names) - set(parts):
