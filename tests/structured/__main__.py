@@ -12,7 +12,6 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from structured import exact, first_mask, hostile, schemas
 
-
 MASKS = 31  # rounds of each grammar
 
 
