@@ -56,7 +56,12 @@ class Walker:
 
     def walk(self, grammar: str, random: Random, max_tokens: int = 300) -> tuple[bytes, bool]:
         """A text that the grammar allows, and whether it is whole: token by token any that the mask has."""
-        matcher, written = self.matcher(grammar), []
+        token_ids, is_whole = self.walk_tokens(grammar, random, max_tokens)
+        return b"".join(self.table.tokens[token_id] for token_id in token_ids), is_whole
+
+    def walk_tokens(self, grammar: str, random: Random, max_tokens: int = 300) -> tuple[list[int], bool]:
+        """The same, its tokens, without the one that ends it."""
+        matcher, written = self.matcher(grammar), list[int]()
         generator = np.random.default_rng(random.getrandbits(32))
         for number in range(max_tokens):
             if matcher.is_stopped():
@@ -65,14 +70,14 @@ class Walker:
             if matcher.is_error():
                 raise ValueError(matcher.get_error())
             weights = weights * np.where(self._ends, 1 + number / 4, 1)
-            assert weights.any(), (grammar, b"".join(written))
-            token = int(generator.choice(len(weights), p=weights / weights.sum()))
-            if token in self.table.eos_token_ids:
+            assert weights.any(), (grammar, written)
+            token_id = int(generator.choice(len(weights), p=weights / weights.sum()))
+            if token_id in self.table.eos_token_ids:
                 assert matcher.is_accepting()
-                return b"".join(written), True
-            assert matcher.consume_token(token), matcher.get_error()
-            written.append(self.table.tokens[token])
-        return b"".join(written), matcher.is_accepting()
+                return written, True
+            assert matcher.consume_token(token_id), matcher.get_error()
+            written.append(token_id)
+        return written, matcher.is_accepting()
 
     def brute_force(self, language: Language, before: bytes) -> np.ndarray:
         """The same mask behind `before`, of each token asked alone."""
