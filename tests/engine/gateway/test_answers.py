@@ -19,11 +19,20 @@ from cierzo.engine.errors import (
     Overloaded,
     Unauthorized,
 )
-from cierzo.engine.gateway.answers import Legacy
+from cierzo.engine.frontend.answer import Answer
+from cierzo.engine.gateway.answers import (
+    ChatEvents,
+    CompletionEvents,
+    Legacy,
+    Told,
+    chat_choice,
+    completion_choice,
+    head,
+)
 from cierzo.engine.gateway.errors import body_of, headers_of
 from cierzo.engine.gateway.guard import allowed_hosts, hostname
 from cierzo.engine.gateway.token_words import LOWEST, TokenWords, chat_entry, legacy_top
-from cierzo.engine.messages import TokenLogprobs
+from cierzo.engine.messages import Final, SampleEnd, Timings, TokenLogprobs, Usage
 
 BYTES = {1: b"a", 2: b"a", 3: b"\xe2\x82", 4: b"", 5: b"b", 6: b"a", 7: "é".encode()}
 
@@ -137,6 +146,27 @@ def test_an_answer_that_is_interrupted_is_told_without_what_only_the_rpc_can_go_
         "param": None,
         "code": "interrupted",
     }
+
+
+@pytest.mark.parametrize("incomplete", [True, False])
+def test_an_answer_that_was_cut_within_its_form_says_so(words, incomplete):
+    end = SampleEnd(sample=0, finish_reason="length", output_tokens=3, incomplete=incomplete)
+    told = Told(head=head("chat.completion.chunk", "chatcmpl", "x", "m"), words=words)
+    final = Final(
+        stream=0, samples=[end], usage=Usage(prompt_tokens=1, output_tokens=3, cached_tokens=0),
+        timings=Timings(queue_s=0.0, prefill_s=0.0, decode_s=0.0, total_s=0.0), seed=0,
+    )  # fmt: skip
+    choices = [
+        json.loads(b"".join(chat_choice(0, Answer(), end, "reasoning_content", bytearray()))),
+        json.loads(b"".join(completion_choice(0, "", end, []))),
+        *(
+            json.loads(kind(told).end(final).removeprefix(b"data: "))["choices"][0]
+            for kind in (ChatEvents, CompletionEvents)
+        ),
+    ]
+    for choice in choices:
+        assert choice["finish_reason"] == "length"
+        assert choice.get("incomplete") is (True if incomplete else None)
 
 
 def test_an_error_in_openais_shape():
