@@ -23,7 +23,9 @@ ANY_OBJECT = '{"type":"object"}'
 JSON_SPACE = r" |\r?\n[ \t]{0,64}"
 OPTIONS_KEY = "x-guidance"  # of a schema, llguidance's own options: a request has no say in them
 MAX_SHOWN_CHARS = 100
-_JSON_OPTIONS = json.dumps({"whitespace_pattern": JSON_SPACE})
+# A name that a schema does not list could be one that it lists, spelled with \u: it may not be spelled so.
+JSON_ESCAPES = '"\\bfnrt'
+_JSON_OPTIONS = json.dumps({"whitespace_pattern": JSON_SPACE, "json_allowed_escapes": JSON_ESCAPES})
 # Of Lark: strings, patterns and comments, in which anything may stand; and what a grammar of a client may not have.
 _LARK = re.compile(
     r'"(?:\\.|[^"\\\n])*"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\\n])+/'

@@ -4,6 +4,8 @@ says is so. What it knows and cannot hold, it refuses itself; tests/engine/text/
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,12 +25,19 @@ ALONE = (
     "else",
     "propertyNames",
 )
+MAX_CLASSES = 100  # of characters, in all patterns of a schema: each takes a tenth of a millisecond to look at
+_CONTROLS = [chr(code) for code in range(32) if chr(code) != "\n"]
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*(\]?)", re.DOTALL)  # or what begins like one, to the end
+_BEFORE_CLASS = re.compile(r"(?:\\.|[^\[\\])*", re.DOTALL)
+_PROPERTY = re.compile(r"\\[pP](?:\{[^}]*\}|.)")  # of Unicode, which Python's patterns have not
 LOWEST, HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 
 def refuse_unheld(schema: Any, field: str) -> None:
     """Raise InvalidRequest for a schema, or one within it, that says what an output would not hold."""
+    classes = set[str]()
     for each in _schemas(schema):
+        _refuse_classes(each, classes, field)
         for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
             if isinstance(each.get(keyword), bool):
                 raise _unheld(field, keyword, "a number", "a boolean, as in draft 4, is passed over")
@@ -48,6 +57,43 @@ def _refuse_near_zero(schema: dict[str, Any], field: str) -> None:
         if near and min(near) < 1:
             limit = f"0 not excluded, or the other bound {sign} or further"
             raise _unheld(field, excluded, limit, "with the other bound within 1 of it, 0 is taken")
+
+
+def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
+    """Refuse a class of characters that has the controls, and lacks the quote or the backslash: as JSON has the one
+    and the other behind a backslash, both would be taken all the same."""
+    names = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
+        for found in _classes(pattern) if isinstance(pattern, str) else ():
+            if found in seen:
+                continue
+            seen.add(found)
+            if len(seen) > MAX_CLASSES:
+                raise _unheld(field, "pattern", f"{MAX_CLASSES} classes", "too many classes to look at")
+            if _has_controls_alone(found):
+                limit = 'no class with all control characters, but without " or \\, as [^"\\x00-\\x1f] is none'
+                raise _unheld(field, "pattern", limit, f"{found[:32]} would take what it leaves out")
+
+
+def _classes(pattern: str) -> Iterator[str]:
+    """The classes of characters of a pattern, in time that grows with its length alone."""
+    at = 0
+    while (before := _BEFORE_CLASS.match(pattern, at)) is not None:
+        found = _CLASS.match(pattern, before.end())
+        if found is None or not found[1]:
+            return
+        yield found[0]
+        at = found.end()
+
+
+def _has_controls_alone(text: str) -> bool:
+    """Whether a class has the control characters, and not both characters that JSON escapes too."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            has = re.compile(_PROPERTY.sub("", text)).fullmatch
+        except re.error:  # llguidance has its own word about it
+            return False
+    return not (has('"') and has("\\")) and all(has(control) for control in _CONTROLS)
 
 
 def _refuse_counts(schema: dict[str, Any], field: str) -> None:
