@@ -30,6 +30,9 @@ _CONTROLS = [chr(code) for code in range(32) if chr(code) != "\n"]
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*(\]?)", re.DOTALL)  # or what begins like one, to the end
 _BEFORE_CLASS = re.compile(r"(?:\\.|[^\[\\])*", re.DOTALL)
 _PROPERTY = re.compile(r"\\[pP](?:\{[^}]*\}|.)")  # of Unicode, which Python's patterns have not
+# Control characters that JSON has under no letter of its own: without \u there are none in a string.
+_unspeakable = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]").search
+_ESCAPED = re.compile(r"\\(?:x\{?|u\{?|U\{?)0*([0-9a-fA-F]{1,2})(?![0-9a-fA-F])|\\([aev0-7]|c[A-Za-z])")
 LOWEST, HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 
@@ -38,6 +41,7 @@ def refuse_unheld(schema: Any, field: str) -> None:
     classes = set[str]()
     for each in _schemas(schema):
         _refuse_classes(each, classes, field)
+        _refuse_controls(each, field)
         for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
             if isinstance(each.get(keyword), bool):
                 raise _unheld(field, keyword, "a number", "a boolean, as in draft 4, is passed over")
@@ -64,8 +68,8 @@ def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
     and the other behind a backslash, both would be taken all the same."""
     names = schema.get("patternProperties")
     for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
-        for found in _classes(pattern) if isinstance(pattern, str) else ():
-            if found in seen:
+        for _, found in _parts(pattern) if isinstance(pattern, str) else ():
+            if not found or found in seen:
                 continue
             seen.add(found)
             if len(seen) > MAX_CLASSES:
@@ -75,14 +79,42 @@ def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
                 raise _unheld(field, "pattern", limit, f"{found[:32]} would take what it leaves out")
 
 
-def _classes(pattern: str) -> Iterator[str]:
-    """The classes of characters of a pattern, in time that grows with its length alone."""
+def _refuse_controls(schema: dict[str, Any], field: str) -> None:
+    """Refuse a text that has to hold a control character which none can: it would be left out."""
+    for keyword in ("const", "enum"):
+        found = [schema.get(keyword)]
+        while found:
+            value = found.pop()
+            if isinstance(value, str) and _unspeakable(value):
+                raise _unheld(
+                    field, keyword, "no control characters but \\b, \\f, \\n, \\r, \\t", "there are no others"
+                )
+            if isinstance(value, dict):
+                found += [*value, *value.values()]
+            found += _listed(value)
+    names = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
+        if isinstance(pattern, str) and (_unspeakable(pattern) or _escapes_controls(pattern)):
+            raise _unheld(
+                field, "pattern", "control characters in [ ] alone", "there are none but \\b, \\f, \\n, \\r, \\t"
+            )
+
+
+def _escapes_controls(pattern: str) -> bool:
+    """Whether a pattern has such a character outside of its classes, escaped."""
+    found = (match for before, _ in _parts(pattern) for match in _ESCAPED.finditer(before))
+    return any(match[2] or _unspeakable(chr(int(match[1], 16))) for match in found)
+
+
+def _parts(pattern: str) -> Iterator[tuple[str, str]]:
+    """A pattern as texts, each with the class of characters behind it, in time that grows with its length alone."""
     at = 0
     while (before := _BEFORE_CLASS.match(pattern, at)) is not None:
         found = _CLASS.match(pattern, before.end())
         if found is None or not found[1]:
+            yield pattern[at:], ""
             return
-        yield found[0]
+        yield before[0], found[0]
         at = found.end()
 
 
