@@ -32,7 +32,7 @@ _BEFORE_CLASS = re.compile(r"(?:\\.|[^\[\\])*", re.DOTALL)
 _PROPERTY = re.compile(r"\\[pP](?:\{[^}]*\}|.)")  # of Unicode, which Python's patterns have not
 # Control characters that JSON has under no letter of its own: without \u there are none in a string.
 _unspeakable = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]").search
-_ESCAPED = re.compile(r"\\(?:x\{?|u\{?|U\{?)0*([0-9a-fA-F]{1,2})(?![0-9a-fA-F])|\\([aev0-7]|c[A-Za-z])")
+_ESCAPED = re.compile(r"\\(?:x\{?|u\{?|U\{?)0*([0-9a-fA-F]{1,2})(?![0-9a-fA-F])|\\([aev0-7]|c[A-Za-z])|\\.")
 LOWEST, HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 
@@ -103,7 +103,7 @@ def _refuse_controls(schema: dict[str, Any], field: str) -> None:
 def _escapes_controls(pattern: str) -> bool:
     """Whether a pattern has such a character outside of its classes, escaped."""
     found = (match for before, _ in _parts(pattern) for match in _ESCAPED.finditer(before))
-    return any(match[2] or _unspeakable(chr(int(match[1], 16))) for match in found)
+    return any(match[2] or (match[1] and _unspeakable(chr(int(match[1], 16)))) for match in found)
 
 
 def _parts(pattern: str) -> Iterator[tuple[str, str]]:
