@@ -76,7 +76,7 @@ ORDINARY = {
 }
 OTHERS = {
     "five strict tools": calls,
-    "40,000 choices": asks("choice", lambda number: [f"{number}{place}" for place in range(40_000)]),
+    "40,000 choices": asks("choice", lambda number: [f"{number:x}{place:x}" for place in range(40_000)]),
     "x{100000}": asks("regex", lambda number: f"{number}x{{100000}}"),
     "1,000 properties": asks(
         "json_schema", lambda number: json.dumps({"properties": {f"p{number}_{n}": {} for n in range(1000)}})
