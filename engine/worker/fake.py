@@ -276,7 +276,8 @@ class FakeRunner:
             masks = Masks(admission.sampling.allowed_token_ids, admission.banned, admission.thinking, output)
             token = _permitted(masks, constraint, tokens[row], int(self._vocab_size))
             if token is None:
-                failures[index] = NOTHING_LEFT
+                beside = f" of those that the grammar permits {constraint.place}" if constraint is not None else ""
+                failures[index] = f"{NOTHING_LEFT}{beside}"
                 continue
             tokens[row] = token
             if constraint is not None:

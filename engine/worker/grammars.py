@@ -74,6 +74,11 @@ class Constraint:
         """Tokens of the output that it has followed."""
         return len(self._followed)
 
+    @property
+    def place(self) -> str:
+        """The place of the next token, for whoever says why there is none."""
+        return f"(token {len(self._followed) + 1} of the answer)"
+
     def admit(self, output: Sequence[int]) -> None:
         """Begin anew behind an output: what a step chose that was dropped is taken back."""
         self.num_admissions += 1
@@ -178,7 +183,7 @@ class Constraint:
 
     def fail(self, why: str) -> None:
         """Go no further."""
-        self.error = f"grammar: {why} (token {len(self._followed) + 1} of the answer)"
+        self.error = f"grammar: {why} {self.place}"
         self._matcher = None  # which may be in any state
 
 

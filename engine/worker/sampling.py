@@ -102,7 +102,8 @@ class _Launched:
         if self.edited:
             finite[self.edited] &= np.isfinite(found["edited_peaks"])
             for row in np.flatnonzero(~finite).tolist() if not finite.all() else ():
-                beside = " of those that the grammar permits" if row in self.constraints else ""
+                held = self.constraints.get(row)
+                beside = f" of those that the grammar permits {held[0].place}" if held else ""
                 failed.setdefault(row, f"{NOTHING_LEFT}{beside}")
         chosen: list[int] = found["token_ids"].tolist()
         logprobs: list[list[TokenLogprobs] | None] | None = None

@@ -31,6 +31,7 @@ from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.engine.worker.grammars import Constraint, Makers
 from cierzo.engine.worker.graphs import DecodeGraphs
+from cierzo.engine.worker.masks import NOTHING_LEFT
 from cierzo.engine.worker.runner import ModelRunner
 from cierzo.engine.worker.sampling import Sampler
 from cierzo.engine.worker.step_rows import DeviceRows
@@ -42,6 +43,7 @@ from cierzo.scheduler.plan import Finish, StepPlan
 MODES = ("plain", "overlapped", "staged", "recorded")
 BLOCK_TOKENS, MAX_RUNNING, MAX_LEN = 4, 5, 48
 STEPS = 20_000
+MASKED_AT_THE_THIRD = f"{NOTHING_LEFT} of those that the grammar permits (token 3 of the answer)"
 GRAMMARS = [
     "",
     r"start: /a{1,3}b+/",
@@ -336,7 +338,8 @@ def test_who_cannot_go_on_fails_alone_and_says_where(mode: str, monkeypatch: pyt
         for number, grammar in enumerate(cases)
     ]
     forced = {"grammar": FREE + "start: /[a-c]{9}/", "thinking": ThinkingBudget(2, 0, 6, True)}
-    requests += [request_of(7, [1], forced), *plain_requests(2)]
+    masked = {"grammar": FREE + "start: /aaz/", "allowed_token_ids": (0,)}
+    requests += [request_of(7, [1], forced), request_of(8, [1], masked), *plain_requests(2)]
     answers = run(make_core(mode), requests, mode)
     for number, pattern in enumerate(cases.values()):
         assert answers[number, 0][1].reason == "failed"
@@ -344,6 +347,8 @@ def test_who_cannot_go_on_fails_alone_and_says_where(mode: str, monkeypatch: pyt
     assert answers[7, 0][1].reason == "failed"
     assert answers[7, 0][1].message.endswith("(token 3 of the answer)")
     assert answers[7, 0][1].incomplete
+    tokens, finish = answers[8, 0]
+    assert (tokens, finish.reason, finish.message) == ([0, 0], "failed", MASKED_AT_THE_THIRD)
     for request in plain_requests(2):
         assert told(answers[request.request_id, 0]) == expected(request, 0)
     monkeypatch.setattr(Constraint, "_fill", panics)
@@ -470,3 +475,9 @@ def test_a_model_that_is_made_up_keeps_to_grammars_too(
                 assert token in permitted(request, tokens[:at])
             if request.grammar:
                 assert finish.incomplete == (not may_end(request.grammar, tokens))
+
+
+def test_a_model_that_is_made_up_says_where_masks_and_grammar_agree_on_no_token() -> None:
+    masked = request_of(1, [1], {"grammar": FREE + "start: /aaz/", "allowed_token_ids": (0,)})
+    tokens, finish = run(make_core("plain", 60, Failing(60, set())), [masked], "plain")[1, 0]
+    assert (tokens, finish.reason, finish.message) == ([0, 0], "failed", MASKED_AT_THE_THIRD)
