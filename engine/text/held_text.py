@@ -90,7 +90,7 @@ def _choice(value: str | list[str], field: str) -> dict[str, str]:
     if not isinstance(value, list) or not value or not all(value):
         limit = "a list of texts, none of them empty"
         told = "a text" if isinstance(value, str) else "an empty one" if value else "an empty list"
-        raise InvalidRequest(f"{field} of choice must be {limit}", field=field, limit=limit, value=told)
+        raise InvalidRequest(f"{field} must be {limit}", field=field, limit=limit, value=told)
     _refuse_long(field, sum(len(text.encode()) for text in value))
     return {"held": "HELD", "HELD": " | ".join(map(quoted, value))}
 
