@@ -38,6 +38,8 @@ from cierzo.engine.text.token_table import grammar_tokenizer
 MAX_REASON_CHARS = 300
 _OF_SCHEMA = "failed to compile JSON schema: "
 _OF_PATTERN = "regex parse error:"
+_ONE_OF = "oneOf constraints are not supported"  # llguidance goes on with an option that no request can set
+_QUOTED = re.compile('"[^"]*"')
 _AT_LINE = re.compile(r"^(?:at )?\d+\(\d+\): ")
 _stack_size = threading.Lock()  # of threads to come: a setting of the whole process
 UNHELD = "no answer can hold the grammar"
@@ -47,7 +49,7 @@ _LIMITS = {
     "schema too large": "smaller",
     "initial lexer configuration": f"{INITIAL_LEXER_FUEL} units of work",
     "Current row has": f"{MAX_ITEMS_IN_ROW} items in a row",
-    "lexer states": f"{MAX_LEXER_STATES} states",
+    "too many states": f"{MAX_LEXER_STATES} states",
     "fuel": f"{STEP_LEXER_FUEL} units of work",
     "items": f"{STEP_MAX_ITEMS} items",
 }
@@ -148,10 +150,13 @@ def _refusal(error: str, field: str | None) -> InvalidRequest:
     reason = _AT_LINE.sub("", reason).removeprefix(_OF_SCHEMA)
     if reason.endswith(_OF_PATTERN) and (detail := re.search("^error: (.*)$", rest, re.MULTILINE)) is not None:
         reason = f"{reason} {detail[1]}"
+    if reason.startswith(_ONE_OF):
+        reason = f"{_ONE_OF}, unless by their types or constants no value fits two branches"
     told = reason[:MAX_REASON_CHARS]
     if reason.startswith("NoExtension"):
         return InvalidRequest(UNHELD, field=field, limit="satisfiable", value=told)
-    limit = next((limit for words, limit in _LIMITS.items() if words in error), "what llguidance takes")
+    own = _QUOTED.sub("", reason)  # names of the grammar's own may be words of limits too
+    limit = next((limit for words, limit in _LIMITS.items() if words in own), "what llguidance takes")
     return InvalidRequest(f"the grammar is refused: {told}", field=field, limit=limit, value=told)
 
 

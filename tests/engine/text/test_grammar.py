@@ -295,6 +295,29 @@ def test_what_no_answer_is_held_to(grammar, words):
     assert caught.value.limit
 
 
+@pytest.mark.parametrize(
+    ("grammar", "limit"),
+    [
+        (Grammar(kind="json_schema", value='{"type": "array", "uniqueItems": true}'), "what llguidance takes"),
+        (Grammar(kind="json_schema", value='{"properties": {"fuel": {"not": {}}}}'), "what llguidance takes"),
+        (Grammar(kind="json_schema", value='{"items": {"not": {}}}'), "what llguidance takes"),
+        (Grammar(kind="lark", value="start: items"), "what llguidance takes"),
+        (Grammar(kind="lark", value='start: "z" ' + '"fuel"? ' * 6000), "10000 symbols"),
+    ],
+)
+def test_a_limit_is_told_by_what_the_compiler_says_and_not_by_words_of_the_grammar(grammar, limit):
+    with pytest.raises(InvalidRequest) as caught:
+        COMPILER.check(written(ask(grammar)))
+    assert caught.value.limit == limit
+
+
+def test_who_asks_for_branches_that_overlap_is_told_of_no_option_that_a_request_cannot_set():
+    overlapping = Grammar(kind="json_schema", value='{"oneOf": [{"type": "integer"}, {"type": "number"}]}')
+    with pytest.raises(InvalidRequest, match="no value fits two branches") as caught:
+        COMPILER.check(written(ask(overlapping)))
+    assert "coerce" not in caught.value.message
+
+
 def test_a_tool_with_a_schema_that_is_none_is_named():
     tools = [TOOLS[0], TOOLS[1], Tool(name="f", parameters={"properties": {"a": {"type": "x"}}}, strict=True)]
     for choice in ("required", "f"):
