@@ -135,7 +135,8 @@ class Sieve:
         if self._lenient and not reason:
             self.pass_over(at(place, name[:MAX_NAME_CHARS]))
             return
-        nearest = difflib.get_close_matches(name[:MAX_NAME_CHARS], rows, n=1)
+        known = [row.name for row in rows.values() if row.treatment != "refused"]
+        nearest = difflib.get_close_matches(name[:MAX_NAME_CHARS], known, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         what = reason or f"unknown field {field}{hint}"
         raise InvalidRequest(what, field=field, limit=nearest[0] if nearest else "left out", value=shown(value))

@@ -302,6 +302,7 @@ def test_a_null_is_as_if_it_were_left_out():
         ({"inner": {"off": True}}, "inner.off", "inner.off: it is never off"),
         ({"inner": []}, "inner", "must be an object"),
         ({"serve": 1}, "serve", "unknown field serve; did you mean served?"),
+        ({"refuse": 1}, "refuse", "unknown field refuse$"),  # nobody is sent to what is refused
         ({"inner": {"hue": 1}}, "inner.hue", "unknown field inner.hue"),
         ({"x" * 1000: 1}, None, "unknown field xxx"),
         ({"lora_name": "x"}, "lora_name", "no adapters"),
