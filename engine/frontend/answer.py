@@ -28,6 +28,7 @@ class Answer:
 
     finish_reason: why it ended, None until then. broken_calls: numbers of the calls that turned out to be none,
     known at the end; they are in `parts` alone. incomplete: it ended before its grammar did.
+    message: why it failed.
 
     messages.append(answer.turn)  # the conversation goes on with it
     for call in answer.tool_calls:
@@ -35,13 +36,14 @@ class Answer:
         messages.append({"role": "tool", "content": result, "tool_call_id": call.id, "name": call.name})
     """
 
-    __slots__ = ("_joining", "broken_calls", "finish_reason", "incomplete")
+    __slots__ = ("_joining", "broken_calls", "finish_reason", "incomplete", "message")
 
     def __init__(self) -> None:
         self._joining: list[_Joining] = []
         self.broken_calls: list[int] = []
         self.finish_reason: EndReason | None = None
         self.incomplete = False
+        self.message = ""
 
     def add(self, delta: Delta) -> None:
         """Take what is new."""
@@ -59,7 +61,7 @@ class Answer:
     def end(self, end: SampleEnd) -> None:
         """Take the record of the sample's end, and the output, if that comes in it."""
         self.finish_reason, self.broken_calls = end.finish_reason, end.broken_calls
-        self.incomplete = end.incomplete
+        self.incomplete, self.message = end.incomplete, end.message
         self.take(end.parts, end.text, len(end.token_ids))
 
     def take(self, parts: list[Part], text: str, num_tokens: int) -> None:

@@ -94,6 +94,15 @@ def test_broken_calls_are_parts_and_no_calls():
     assert tool_calls([WIND], [0]) == [], "the server knows what stood around the arguments"
 
 
+def test_why_it_failed_is_told():
+    answer = Answer()
+    assert answer.message == ""
+    answer.end(
+        SampleEnd(sample=0, finish_reason="failed", output_tokens=0, message="nothing left", incomplete=True)
+    )
+    assert (answer.finish_reason, answer.message, answer.incomplete) == ("failed", "nothing left", True)
+
+
 def test_a_call_is_one_when_nothing_can_be_added_to_it():
     answer = Answer()
     answer.take([WIND], "", 9)
