@@ -13,7 +13,7 @@ _ABILITIES = {
 }
 _GRAMMARS = (
     *("response_format", "structured_outputs", "json_schema", "guided_decoding", "guided_json", "guided_regex"),
-    *("guided_choice", "guided_grammar", "regex"),
+    *("guided_choice", "guided_grammar", "json_object", "regex", "choice", "lark"),
 )
 _ABILITY_OF = {name: ability for ability, names in _ABILITIES.items() for name in names}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.bounds import missing, shown, too_deep
-from cierzo.engine.messages import Generate, SamplingParams
+from cierzo.engine.messages import Generate, GrammarKind, SamplingParams
 
 # Fields of `generate`, and of its `sampling`, that belong to a feature.
 FEATURE_OF_FIELD = {
@@ -106,6 +106,9 @@ def mistyped(text: str, message: Any = None) -> InvalidRequest:
     if re.search(r"\.content\[\d+\]\.type$", field):
         limit = ", ".join(CHUNKS)
     words = reason.replace("`", "")
+    if field == "grammar.kind" and limit is None:
+        limit = ", ".join(get_args(GrammarKind))
+        words = f"{words}, allowed: {limit}"
     what = f"{where}: {words[:1].lower()}{words[1:]}" if where else words
     return InvalidRequest(what, field=field or None, limit=limit, value=value)
 

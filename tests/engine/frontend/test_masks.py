@@ -136,7 +136,7 @@ def test_what_no_server_has_is_refused_by_name(name, ability):
         assert ability in refusal.message
 
 
-@pytest.mark.parametrize("name", ["response_format", "guided_json", "structured_outputs"])
+@pytest.mark.parametrize("name", ["response_format", "guided_json", "structured_outputs", "choice", "lark"])
 def test_what_has_another_name_here_is_refused_with_that_name(name):
     with pytest.raises(InvalidRequest, match=f"by the field grammar, not by {name}") as caught:
         generate_message(token_ids=[1], **{name: 1})
