@@ -148,6 +148,8 @@ def _value(name: str, value: Any) -> Any:
     plain = _plain([value] if alone else value, name)
     if name == "tool_choice":
         return foreign.tool_choice(plain)
+    if name == "grammar":
+        return foreign.grammar(plain)
     if name not in ("messages", "tools") or not isinstance(plain, list):
         return plain
     flat = foreign.turn if name == "messages" else foreign.tool

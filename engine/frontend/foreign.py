@@ -46,6 +46,13 @@ def tool_choice(value: Any) -> Any:
     return value if name is None else name
 
 
+def grammar(value: Any) -> Any:
+    """The grammar of an answer; its schema may be a map, as those interfaces have it."""
+    if isinstance(value, dict) and value.get("kind") == "json_schema" and isinstance(value.get("value"), dict):
+        return {**value, "value": json_text("grammar.value", value["value"])}
+    return value
+
+
 def _call(value: Any, field: str) -> Any:
     if not isinstance(value, dict):
         return value

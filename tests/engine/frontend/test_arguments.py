@@ -185,6 +185,28 @@ def test_grammars_of_any_kind(grammar):
     assert generate_message(text="a", grammar=grammar).grammar == Grammar(kind="choice", value=["a", "b"])
 
 
+def test_a_schema_may_be_a_map_whose_keys_keep_their_order():
+    schema = MappingProxyType({"properties": {"b": {"const": "\u00e9"}, "a": {"minimum": np.float64(1.0)}}})
+    text = '{"properties": {"b": {"const": "\u00e9"}, "a": {"minimum": 1.0}}}'
+    for kind, value in (("json_schema", schema), ("json_schema", text)):
+        grammar = generate_message(text="a", grammar={"kind": kind, "value": value}).grammar
+        assert grammar == Grammar(kind="json_schema", value=text)
+    with pytest.raises(InvalidRequest, match="cannot be JSON") as caught:
+        generate_message(text="a", grammar={"kind": "json_schema", "value": {"minimum": math.nan}})
+    assert caught.value.field == "grammar.value"
+    with pytest.raises(InvalidRequest, match="expected str"):
+        generate_message(text="a", grammar={"kind": "regex", "value": {"a": 1}})
+
+
+def test_an_unknown_kind_of_grammar_is_told_which_there_are():
+    with pytest.raises(
+        InvalidRequest, match="'xml', allowed: json_object, json_schema, regex, choice, lark"
+    ) as caught:
+        generate_message(text="a", grammar={"kind": "xml", "value": "a"})
+    assert (caught.value.field, caught.value.value) == ("grammar.kind", "xml")
+    assert caught.value.limit == "json_object, json_schema, regex, choice, lark"
+
+
 def test_turns_as_other_interfaces_write_them():
     """OpenAI's and Mistral's, as their clients dump an answer."""
     function = {"name": "f", "arguments": '{"a":  1}'}
