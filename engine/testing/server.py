@@ -34,6 +34,7 @@ class FakeServer:
     turn; a mapping from prompts (a text, the text of a chat's last turn, a tuple of token ids; None: all others);
     or a function of the Generate message, which is called in the server's thread. A token is a byte of UTF-8, and
     an answer ends with one more, unless limits or stops of the request end it before; all n answers are the same.
+    Grammars are refused as by any server; what they hold, as required calls do, answers need not.
     first_token_s, token_s: seconds before the first token, and between tokens, by `clock`.
     health: the state in which it starts. model: its name. Further keywords are the limits of a server, as fields of
     FrontendConfig: address, max_open_samples, tls_certificate, ..., but no metrics. Raises ConfigError for what it
