@@ -32,6 +32,10 @@ class Constraint(Protocol):
         """Whether the token that comes next can be chosen."""
         ...
 
+    def drop(self) -> None:
+        """Follow nothing any more: its sequence has ended."""
+        ...
+
 
 class Admission(msgspec.Struct, frozen=True, gc=False):
     """Facts about a sequence that a runner needs once per epoch: sent with the first plan after (re)admission.

@@ -79,8 +79,10 @@ class GrammarGate:
         return self._held.pop(key)
 
     def ended(self, request: Request) -> None:
-        """Forget a request, if it is held."""
+        """Forget a request, if it is held, and have its grammar forgotten."""
         self._held.pop(request.key, None)
+        if request.new.constraint is not None:
+            request.new.constraint.drop()
 
     def check(self, live: dict[RequestKey, Request]) -> None:
         """Assert that whoever is held lives."""

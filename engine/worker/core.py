@@ -346,6 +346,8 @@ def _ignore(_: object) -> None:
 
 
 def _refusal(new: NewRequest, message: str) -> TokenDelta:
+    if new.constraint is not None:
+        new.constraint.drop()
     finish = Finish(
         reason="failed",
         message=message,

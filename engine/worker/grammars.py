@@ -61,6 +61,7 @@ class Constraint:
         self.state: GrammarState = "open"
         self.error = ""
         self.is_ready = False  # matcher, state and mask are there, and no thread has them
+        self.is_dropped = False
         self.mask_s = 0.0  # that the last mask took
         self.mask: Words = _NO_WORDS
         self.makers = makers
@@ -93,6 +94,13 @@ class Constraint:
                 self._go_to(wanted)
                 self.makers.mask([self] * self._needs_mask())
         return self.is_ready
+
+    def drop(self) -> None:
+        """Go no further, as nobody asks any more. A matcher may take megabytes, and the slot of a sequence that has
+        ended remembers this object until another one takes it; one that is still to be made need not be."""
+        self.is_dropped = True
+        self.error = self.error or "grammar: its sequence has ended"  # first: no thread begins with it then
+        self._matcher = None
 
     def follow(self, token_id: int) -> bool:
         """Take in the output's next token; whether a mask is to be made of what may come behind it."""
@@ -171,11 +179,11 @@ class Constraint:
 
     def _guarded(self, work: Callable[[LLMatcher], None]) -> None:
         """Do something with the matcher; what fails is told in `error`, with the place in the answer."""
-        if self.error:
+        matcher = self._matcher
+        if self.error or matcher is None:  # in this order: `drop` may come in between
             return
-        assert self._matcher is not None
         try:
-            work(self._matcher)
+            work(matcher)
         except BaseException as error:  # a panic of the matcher is no Exception
             self.fail(_reason(error))
             if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -283,11 +291,13 @@ class Makers:
     # --- in threads ---
 
     def _make(self, making: Making, made: deque[Making]) -> None:
+        wanted = [constraint for constraint in making.constraints if not constraint.is_dropped]
         try:
-            base, first = self._matcher(making.grammar)
-            last = making.constraints[-1]
-            for constraint in making.constraints:
-                constraint.take(base if constraint is last else base.deep_copy(), making.output, first)
+            base, first = self._matcher(making.grammar) if wanted else (None, None)
+            for constraint in wanted:
+                assert base is not None
+                matcher = base if constraint is wanted[-1] else base.deep_copy()
+                constraint.take(matcher, making.output, first)
         except BaseException as error:
             for constraint in making.constraints:
                 constraint.error = constraint.error or f"grammar: {_reason(error)}"

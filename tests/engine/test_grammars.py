@@ -39,6 +39,7 @@ from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.plan import Finish, StepPlan
+from cierzo.scheduler.request import QueueFull
 
 MODES = ("plain", "overlapped", "staged", "recorded")
 BLOCK_TOKENS, MAX_RUNNING, MAX_LEN = 4, 5, 48
@@ -298,6 +299,50 @@ def test_who_is_held_can_be_cancelled_runs_into_its_deadline_and_counts_as_waiti
     answers, _ = run_until(core, "plain", {(1, 0)})
     assert answers[1, 0][1].reason == "stop"
     assert not core.has_work()
+
+
+def test_nothing_is_made_for_who_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or was refused. Else who cancels what takes long to make would have all others wait for it."""
+    made: list[str] = []
+    make_matcher = Makers._matcher
+
+    def noted(one: Makers, grammar: str) -> Any:
+        made.append(grammar)
+        return make_matcher(one, grammar)
+
+    monkeypatch.setattr(Makers, "_matcher", noted)
+    work = Blocked(monkeypatch, Makers, "_make")
+    core = make_core("plain")
+    asked = [request_of(number, [1], {"grammar": FREE + GRAMMARS[number], "n": 2}) for number in (1, 2, 3)]
+    for request in asked:
+        core.submit(request)
+    core.abort(Abort(request_id=1, reason="cancelled"))
+    core.abort(Abort(request_id=2, sample=1, reason="cancelled"))
+    with patch.object(core._scheduler, "add", side_effect=QueueFull("full")):
+        core.submit(msgspec.structs.replace(asked[0], request_id=4, grammar=FREE + GRAMMARS[4]))
+    work.let_go()
+    keys = {(number, sample) for number in (1, 2, 3, 4) for sample in (0, 1)}
+    answers, _ = run_until(core, "plain", keys)
+    assert sorted(made) == sorted(FREE + GRAMMARS[number] for number in (2, 3))
+    assert answers[2, 0][1].reason == "stop"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_matcher_goes_with_its_sequence(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot remembers the rest until another sequence takes it."""
+    seen: list[Constraint] = []
+    take = Constraint.take
+
+    def noted(one: Constraint, *arguments: Any) -> None:
+        take(one, *arguments)
+        assert one._matcher is not None
+        seen.append(one)
+
+    monkeypatch.setattr(Constraint, "take", noted)
+    request = request_of(1, [1], {"grammar": FREE + GRAMMARS[1], "n": 3})
+    core = make_core(mode)
+    run(core, [request], mode)
+    assert [one._matcher for one in seen] == [None] * 3
 
 
 def test_an_idle_core_does_not_spin_while_a_grammar_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
