@@ -37,8 +37,10 @@ MASK_THREADS = 8  # at most
 MAKING_THREADS = 2
 MAKING_STACK_BYTES = 256 << 20  # address space: what is not used takes no memory
 FOLLOWING_S = 0.005  # processor time of a step for feeding matchers
+FOLLOWED_AT_ONCE_S = 20e-6  # which 250 sequences may take in a step
 FOLLOWED_WITHIN_S = 0.005  # processor time of one token; an ordinary one takes a microsecond
-CONSUMED_AT_ONCE = 64  # tokens of an earlier output
+CONSUMED_AT_ONCE = 64  # tokens of an earlier output, at most
+CONSUMED_WITHIN_S = 0.0005, 0.020  # processor time: where it takes longer, fewer; and of one of them, at most
 KEPT_MATCHERS = 16  # of grammars seen last, before their first token
 KEPT_BELOW_S = 0.5  # what takes longer to make is large, and is not kept
 POLL_S = 0.001
@@ -62,7 +64,8 @@ class Constraint:
         self.error = ""
         self.is_ready = False  # matcher, state and mask are there, and no thread has them
         self.is_dropped = False
-        self.mask_s = 0.0  # that the last mask took
+        self.mask_s = self.follow_s = 0.0  # that the last mask and the last token took
+        self.num_untold = 0  # steps in a row that did not tell it their token, see `follow_all`
         self.mask: Words = _NO_WORDS
         self.makers = makers
         self.num_admissions = 0  # what was chosen before the last one is nothing to it
@@ -144,11 +147,16 @@ class Constraint:
 
     def _consume(self, token_ids: Sequence[int]) -> None:
         def consume(matcher: LLMatcher) -> None:
-            for start in range(0, len(token_ids), CONSUMED_AT_ONCE):  # each holds the interpreter
-                some = [*token_ids[start : start + CONSUMED_AT_ONCE]]
+            at, count = 0, 1
+            while at < len(token_ids):  # each time holds the interpreter
+                some, start_s = [*token_ids[at : at + count]], time.thread_time()
                 if not matcher.consume_tokens(some):
                     raise ValueError(_told(matcher.get_error()))
                 self._followed.extend(some)
+                at, took_s = at + count, time.thread_time() - start_s
+                if took_s > CONSUMED_WITHIN_S[1] and count == 1 < len(token_ids):
+                    raise ValueError(_slow(took_s, CONSUMED_WITHIN_S[1]))
+                count = min(2 * count, CONSUMED_AT_ONCE) if took_s < CONSUMED_WITHIN_S[0] else max(1, count // 4)
 
         self._guarded(consume)
         self._read_state()
@@ -293,11 +301,10 @@ class Makers:
     def _make(self, making: Making, made: deque[Making]) -> None:
         wanted = [constraint for constraint in making.constraints if not constraint.is_dropped]
         try:
-            base, first = self._matcher(making.grammar) if wanted else (None, None)
+            if wanted:
+                base, first = self._matcher(making.grammar)
             for constraint in wanted:
-                assert base is not None
-                matcher = base if constraint is wanted[-1] else base.deep_copy()
-                constraint.take(matcher, making.output, first)
+                constraint.take(base if constraint is wanted[-1] else base.deep_copy(), making.output, first)
         except BaseException as error:
             for constraint in making.constraints:
                 constraint.error = constraint.error or f"grammar: {_reason(error)}"
@@ -337,20 +344,24 @@ def follow_all(chosen: Sequence[tuple[Constraint, int]]) -> set[int]:
     """Tell constraints the tokens that were chosen for them, and have the masks of the next ones made.
 
     It takes the interpreter's time: once that is spent, others are not told. Their indices are returned: their
-    tokens count as not chosen, and will be chosen again.
+    tokens count as not chosen, and will be chosen again. Whose last token took next to no time comes first, so that
+    nobody waits behind tokens that take a step's; then who waits longest.
     """
     untold, behind, spent_s = set[int](), [], 0.0
-    for index, (constraint, token_id) in enumerate(chosen):
+    turns = [(one.follow_s > FOLLOWED_AT_ONCE_S, -one.num_untold, at) for at, (one, _) in enumerate(chosen)]
+    for _, _, index in sorted(turns):
+        constraint, token_id = chosen[index]
         if spent_s > FOLLOWING_S:
             untold.add(index)
+            constraint.num_untold += 1
             continue
+        constraint.num_untold = 0
         start = time.thread_time()
         needs_mask = constraint.follow(token_id)
-        took_s = time.thread_time() - start
+        constraint.follow_s = took_s = time.thread_time() - start
         spent_s += took_s
         if took_s > FOLLOWED_WITHIN_S:
-            most_ms = FOLLOWED_WITHIN_S * 1e3
-            constraint.fail(f"a token took {took_s * 1e3:.0f} ms to follow, more than {most_ms:.0f}")
+            constraint.fail(_slow(took_s, FOLLOWED_WITHIN_S))
         elif needs_mask:
             behind.append(constraint)
     if behind:
@@ -387,6 +398,10 @@ def _end_threads(queues: list[tuple[Jobs, int]]) -> None:
     for jobs, num_threads in queues:
         for _ in range(num_threads):
             jobs.put(None)
+
+
+def _slow(took_s: float, most_s: float) -> str:
+    return f"a token took {took_s * 1e3:.0f} ms to follow, more than {most_s * 1e3:.0f}"
 
 
 def _reason(error: BaseException) -> str:
