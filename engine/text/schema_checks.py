@@ -4,10 +4,12 @@ says is so. What it knows and cannot hold, it refuses itself; tests/engine/text/
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from cierzo.engine.errors import InvalidRequest
 
@@ -28,39 +30,55 @@ ALONE = (
 MAX_CLASSES = 100  # of characters, in all patterns of a schema: each takes a tenth of a millisecond to look at
 _CONTROLS = [chr(code) for code in range(32) if chr(code) != "\n"]
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*(\]?)", re.DOTALL)  # or what begins like one, to the end
+_SETS = re.compile(r"(?:\\.|[^\\])*?(\[|&&|--|~~)", re.DOTALL)  # signs of Rust's classes
 _BEFORE_CLASS = re.compile(r"(?:\\.|[^\[\\])*", re.DOTALL)
 _PROPERTY = re.compile(r"\\[pP](?:\{[^}]*\}|.)")  # of Unicode, which Python's patterns have not
 # Control characters that JSON has under no letter of its own: without \u there are none in a string.
 _unspeakable = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]").search
 _ESCAPED = re.compile(r"\\(?:x\{?|u\{?|U\{?)0*([0-9a-fA-F]{1,2})(?![0-9a-fA-F])|\\([aev0-7]|c[A-Za-z])|\\.")
+TOGETHER = ("allOf", "anyOf", "oneOf")
+MAX_EXACT = 2**53  # llguidance has numbers as doubles
 LOWEST, HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+EXCLUDED = ((LOWEST[1], HIGHEST, math.floor), (HIGHEST[1], LOWEST, math.ceil))
 
 
 def refuse_unheld(schema: Any, field: str) -> None:
     """Raise InvalidRequest for a schema, or one within it, that says what an output would not hold."""
     classes = set[str]()
-    for each in _schemas(schema):
+    schemas = [*_schemas(schema)]
+    for each in schemas:
         _refuse_classes(each, classes, field)
         _refuse_controls(each, field)
         for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
             if isinstance(each.get(keyword), bool):
                 raise _unheld(field, keyword, "a number", "a boolean, as in draft 4, is passed over")
-        _refuse_near_zero(each, field)
         _refuse_counts(each, field)
+    _refuse_near(schema, schemas, field)
 
 
-def _refuse_near_zero(schema: dict[str, Any], field: str) -> None:
-    """Refuse bounds that exclude zero and lie within 1 of it: zero would be taken all the same."""
-    if schema.get("type") == "integer":
-        return
-    bounds = [schema, *(each for each in _listed(schema.get("allOf")) if isinstance(each, dict))]
-    for excluded, others, sign in (("exclusiveMinimum", HIGHEST, 1), ("exclusiveMaximum", LOWEST, -1)):
-        if not any(_number(each, excluded) == 0 for each in bounds):
-            continue
-        near = [sign * bound for each in bounds for name in others if (bound := _number(each, name)) is not None]
-        if near and min(near) < 1:
-            limit = f"0 not excluded, or the other bound {sign} or further"
-            raise _unheld(field, excluded, limit, "with the other bound within 1 of it, 0 is taken")
+def _refuse_near(root: Any, schemas: list[dict[str, Any]], field: str) -> None:
+    """Refuse a whole number as an excluded bound where the other bound lies within 1 of it: it would be taken all
+    the same. Bounds of schemas that hold together, by $ref or allOf and the like, count as those of one."""
+    parents: dict[int, int] = {}
+
+    def group(at: int) -> int:
+        while (above := parents.setdefault(at, at)) != at:
+            parents[at] = at = parents[above]
+        return at
+
+    for each in schemas:
+        others = [one for name in TOGETHER for one in _listed(each.get(name))]
+        for other in (*others, _target(root, each.get("$ref"))):
+            if isinstance(other, dict):
+                parents[group(id(other))] = group(id(each))
+    for excluded, beyond, toward in EXCLUDED:
+        found = ((group(id(each)), _number(each, name)) for each in schemas for name in beyond)
+        near = {(at, toward(bound)) for at, bound in found if bound is not None and bound % 1}
+        for each in schemas:
+            whole = None if each.get("type") == "integer" else _number(each, excluded)
+            if whole is not None and not whole % 1 and (group(id(each)), whole) in near:
+                why = f"with the other bound within 1 of it, {whole} is taken"
+                raise _unheld(field, excluded, f"the other bound whole, or not near {whole}", why)
 
 
 def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
@@ -72,6 +90,9 @@ def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
             if not found or found in seen:
                 continue
             seen.add(found)
+            if (sign := _SETS.match(found, 1)) is not None:
+                why = f"{found[:32]} would be a set of classes, which JSON Schema's patterns do not have"
+                raise _unheld(field, "pattern", f"{sign[1]} within [ ] behind a backslash", why)
             if len(seen) > MAX_CLASSES:
                 raise _unheld(field, "pattern", f"{MAX_CLASSES} classes", "too many classes to look at")
             if _has_controls_alone(found):
@@ -80,7 +101,8 @@ def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
 
 
 def _refuse_controls(schema: dict[str, Any], field: str) -> None:
-    """Refuse a text that has to hold a control character which none can: it would be left out."""
+    """Refuse a text that has to hold a control character which none can: it would be left out; and a number that
+    would be another one."""
     for keyword in ("const", "enum"):
         found = [schema.get(keyword)]
         while found:
@@ -89,6 +111,8 @@ def _refuse_controls(schema: dict[str, Any], field: str) -> None:
                 raise _unheld(
                     field, keyword, "no control characters but \\b, \\f, \\n, \\r, \\t", "there are no others"
                 )
+            if isinstance(value, int | float) and abs(value) > MAX_EXACT:
+                raise _unheld(field, keyword, "numbers of 53 bits", "a longer one is rounded")
             if isinstance(value, dict):
                 found += [*value, *value.values()]
             found += _listed(value)
@@ -139,12 +163,14 @@ def _refuse_counts(schema: dict[str, Any], field: str) -> None:
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
-    """A schema and those within it."""
-    found = [schema]
+    """A schema, those within it, and those that it refers to by their place in it, wherever that is."""
+    found, seen = [schema], set[int]()
     while found:
         each = found.pop()
-        if not isinstance(each, dict):
+        if not isinstance(each, dict) or id(each) in seen:
             continue
+        seen.add(id(each))
+        found.append(_target(schema, each.get("$ref")))
         yield each
         for keyword in MAPS:
             if isinstance(inner := each.get(keyword), dict):
@@ -152,6 +178,21 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
         for keyword in (*LISTS, "items"):
             found += _listed(each.get(keyword))
         found += [each.get(keyword) for keyword in ALONE]
+
+
+def _target(root: Any, reference: Any) -> Any:
+    """What a reference "#/..." names; None if nothing."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return root if reference == "#" else None
+    found = root
+    for name in unquote(reference[2:]).split("/"):
+        if isinstance(found, dict):
+            found = found.get(name.replace("~1", "/").replace("~0", "~"))
+        elif isinstance(found, list) and re.fullmatch("[0-9]{1,6}", name) and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return None
+    return found
 
 
 def _listed(value: Any) -> list[Any]:

@@ -36,6 +36,22 @@ def takes(schema: dict[str, Any], text: str) -> bool:
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0", "exclusiveMinimum"),
         ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.25}, "0.0", "exclusiveMinimum"),
         ({"type": "number", "exclusiveMaximum": 0, "minimum": -0.5}, "-0", "exclusiveMaximum"),
+        ({"type": "number", "exclusiveMinimum": 5, "maximum": 5.5}, "5", "exclusiveMinimum"),
+        ({"type": "number", "exclusiveMaximum": -2, "minimum": -2.5}, "-2", "exclusiveMaximum"),
+        (
+            {"type": "number", "exclusiveMinimum": 2, "anyOf": [{"maximum": 2.5}, {"maximum": 2.2}]},
+            "2",
+            "exclusiveMinimum",
+        ),
+        (
+            {"type": "number", "allOf": [{"allOf": [{"exclusiveMinimum": 1}]}, {"maximum": 1.5}]},
+            "1",
+            "exclusiveMinimum",
+        ),
+        ({"enum": [1, 12345678901234567]}, "12345678901234568", "enum"),
+        ({"const": {"a": [2**64 + 1]}}, '{"a":[18446744073709552000]}', "const"),
+        ({"type": "string", "pattern": "^[a-z&&[^b]]$"}, '"a"', "pattern"),
+        ({"type": "string", "pattern": "^[[a]]$"}, '"a"', "pattern"),
         ({"type": "object", "minProperties": 2, "additionalProperties": True}, '{"a":1,"a":1}', "minProperties"),
         (
             {"type": "object", "minProperties": 2, "additionalProperties": False, "patternProperties": {"^a": {}}},
@@ -67,10 +83,32 @@ def test_what_would_not_hold_is_refused(schema, text, keyword):
 @pytest.mark.parametrize(
     "schema",
     [
+        {"$ref": "#/x/1/y~1z%25", "x": [0, {"y/z%": {"exclusiveMinimum": 0, "maximum": 0.5}}]},
+        {"$ref": "#/$defs/a", "type": "number", "exclusiveMinimum": 0, "$defs": {"a": {"maximum": 0.5}}},
+        {"properties": {"p": {"$ref": "#/q"}}, "q": {"$ref": "#/r"}, "r": {"minProperties": 2}},
+    ],
+)
+def test_what_is_referred_to_is_looked_at_wherever_it_is(schema):
+    with pytest.raises(InvalidRequest, match=r"exclusiveMinimum|minProperties"):
+        refuse_unheld(schema, "grammar.value")
+
+
+def test_references_in_circles_come_to_an_end():
+    chain = {f"d{n}": {"$ref": f"#/$defs/d{(n + 1) % 5000}", "exclusiveMinimum": n} for n in range(5000)}
+    refuse_unheld({"$ref": "#/$defs/d0", "$defs": chain, "allOf": [{"$ref": "#"}, {"$ref": "#/$defs/none/0"}]}, "x")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
         {"type": "integer", "exclusiveMinimum": 0, "maximum": 0.5},
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         {"type": "number", "exclusiveMinimum": 0},
         {"type": "number", "exclusiveMinimum": 0.1, "maximum": 0.5},
+        {"type": "number", "exclusiveMinimum": 5, "maximum": 6},
+        {"properties": {"a": {"exclusiveMinimum": 5}, "b": {"maximum": 5.5}}},
+        {"const": 2**53, "type": "integer", "maximum": 2**63 - 1},
+        {"type": "string", "pattern": r"^[\[\]&~-]+[a-z-]$"},
         {"type": "number", "exclusiveMaximum": 0, "minimum": -1},
         {"minProperties": 1},
         {"minProperties": 2, "required": ["a", "b"]},
