@@ -36,7 +36,7 @@ _PROPERTY = re.compile(r"\\[pP](?:\{[^}]*\}|.)")  # of Unicode, which Python's p
 # Control characters that JSON has under no letter of its own: without \u there are none in a string.
 _unspeakable = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]").search
 _ESCAPED = re.compile(r"\\(?:x\{?|u\{?|U\{?)0*([0-9a-fA-F]{1,2})(?![0-9a-fA-F])|\\([aev0-7]|c[A-Za-z])|\\.")
-TOGETHER = ("allOf", "anyOf", "oneOf")
+_SPEAKABLE = "there are none but \\b, \\f, \\n, \\r, \\t"
 MAX_EXACT = 2**53  # llguidance has numbers as doubles
 LOWEST, HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 EXCLUDED = ((LOWEST[1], HIGHEST, math.floor), (HIGHEST[1], LOWEST, math.ceil))
@@ -57,8 +57,8 @@ def refuse_unheld(schema: Any, field: str) -> None:
 
 
 def _refuse_near(root: Any, schemas: list[dict[str, Any]], field: str) -> None:
-    """Refuse a whole number as an excluded bound where the other bound lies within 1 of it: it would be taken all
-    the same. Bounds of schemas that hold together, by $ref or allOf and the like, count as those of one."""
+    """Refuse a whole number as an excluded bound with the other bound within 1 of it, which would be taken all the
+    same. Bounds of schemas that hold together, by $ref or allOf and the like, count as those of one."""
     parents: dict[int, int] = {}
 
     def group(at: int) -> int:
@@ -67,7 +67,7 @@ def _refuse_near(root: Any, schemas: list[dict[str, Any]], field: str) -> None:
         return at
 
     for each in schemas:
-        others = [one for name in TOGETHER for one in _listed(each.get(name))]
+        others = [one for name in LISTS[:3] for one in _listed(each.get(name))]
         for other in (*others, _target(root, each.get("$ref"))):
             if isinstance(other, dict):
                 parents[group(id(other))] = group(id(each))
@@ -101,16 +101,13 @@ def _refuse_classes(schema: dict[str, Any], seen: set[str], field: str) -> None:
 
 
 def _refuse_controls(schema: dict[str, Any], field: str) -> None:
-    """Refuse a text that has to hold a control character which none can: it would be left out; and a number that
-    would be another one."""
+    """Refuse a text to be held with a control character, which would be left out, and a number that is rounded."""
     for keyword in ("const", "enum"):
         found = [schema.get(keyword)]
         while found:
             value = found.pop()
             if isinstance(value, str) and _unspeakable(value):
-                raise _unheld(
-                    field, keyword, "no control characters but \\b, \\f, \\n, \\r, \\t", "there are no others"
-                )
+                raise _unheld(field, keyword, "no control characters", _SPEAKABLE)
             if isinstance(value, int | float) and abs(value) > MAX_EXACT:
                 raise _unheld(field, keyword, "numbers of 53 bits", "a longer one is rounded")
             if isinstance(value, dict):
@@ -119,9 +116,7 @@ def _refuse_controls(schema: dict[str, Any], field: str) -> None:
     names = schema.get("patternProperties")
     for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
         if isinstance(pattern, str) and (_unspeakable(pattern) or _escapes_controls(pattern)):
-            raise _unheld(
-                field, "pattern", "control characters in [ ] alone", "there are none but \\b, \\f, \\n, \\r, \\t"
-            )
+            raise _unheld(field, "pattern", "control characters in [ ] alone", _SPEAKABLE)
 
 
 def _escapes_controls(pattern: str) -> bool:
@@ -181,7 +176,7 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def _target(root: Any, reference: Any) -> Any:
-    """What a reference "#/..." names; None if nothing."""
+    """The part of a schema that a reference "#/..." names; None if there is none."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return root if reference == "#" else None
     found = root

@@ -29,7 +29,7 @@ from cierzo.engine.worker import grammars
 from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.core import EngineCore, Runner
 from cierzo.engine.worker.fake import FakeRunner, fake_config
-from cierzo.engine.worker.grammars import Constraint, Makers, follow_all
+from cierzo.engine.worker.grammars import Constraint, Makers
 from cierzo.engine.worker.graphs import DecodeGraphs
 from cierzo.engine.worker.masks import NOTHING_LEFT
 from cierzo.engine.worker.runner import ModelRunner
@@ -39,7 +39,6 @@ from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import IMPLEMENTATIONS, bound
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.plan import Finish, StepPlan
-from cierzo.scheduler.request import QueueFull
 
 MODES = ("plain", "overlapped", "staged", "recorded")
 BLOCK_TOKENS, MAX_RUNNING, MAX_LEN = 4, 5, 48
@@ -301,32 +300,6 @@ def test_who_is_held_can_be_cancelled_runs_into_its_deadline_and_counts_as_waiti
     assert not core.has_work()
 
 
-def test_nothing_is_made_for_who_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or was refused. Else who cancels what takes long to make would have all others wait for it."""
-    made: list[str] = []
-    make_matcher = Makers._matcher
-
-    def noted(one: Makers, grammar: str) -> Any:
-        made.append(grammar)
-        return make_matcher(one, grammar)
-
-    monkeypatch.setattr(Makers, "_matcher", noted)
-    work = Blocked(monkeypatch, Makers, "_make")
-    core = make_core("plain")
-    asked = [request_of(number, [1], {"grammar": FREE + GRAMMARS[number], "n": 2}) for number in (1, 2, 3)]
-    for request in asked:
-        core.submit(request)
-    core.abort(Abort(request_id=1, reason="cancelled"))
-    core.abort(Abort(request_id=2, sample=1, reason="cancelled"))
-    with patch.object(core._scheduler, "add", side_effect=QueueFull("full")):
-        core.submit(msgspec.structs.replace(asked[0], request_id=4, grammar=FREE + GRAMMARS[4]))
-    work.let_go()
-    keys = {(number, sample) for number in (1, 2, 3, 4) for sample in (0, 1)}
-    answers, _ = run_until(core, "plain", keys)
-    assert sorted(made) == sorted(FREE + GRAMMARS[number] for number in (2, 3))
-    assert answers[2, 0][1].reason == "stop"
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_matcher_goes_with_its_sequence(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slot remembers the rest until another sequence takes it."""
@@ -427,55 +400,6 @@ def test_following_is_bounded_for_each_step_and_each_token(mode: str, monkeypatc
     for tokens, finish in run(make_core(mode), requests[:1], mode).values():
         assert (tokens, finish.reason) == ([], "failed")
         assert re.fullmatch(r"grammar: a token took \d+ ms to follow, more than 0 \(token 2 .*", finish.message)
-
-
-class Slow:
-    """A matcher whose tokens take their time, and how many it got at once."""
-
-    def __init__(self, token_s: float) -> None:
-        self.token_s = token_s
-        self.times: list[int] = []
-
-    def consume_tokens(self, token_ids: list[int]) -> bool:
-        until_s = time.thread_time() + self.token_s * len(token_ids)
-        while time.thread_time() < until_s:
-            pass
-        self.times.append(len(token_ids))
-        return True
-
-    def is_error(self) -> bool:
-        return False
-
-    is_stopped = is_accepting = is_error
-
-
-def constraint_of(matcher: Slow) -> Constraint:
-    one = Constraint(Makers())
-    one._matcher = cast(Any, matcher)
-    return one
-
-
-def test_an_output_that_was_brought_holds_the_interpreter_for_a_moment_at_a_time() -> None:
-    slow, quick = Slow(0.0004), Slow(0.0)
-    for matcher in (slow, quick):
-        one = constraint_of(matcher)
-        one._consume([5] * 200)
-        assert (one.num_followed, sum(matcher.times), one.error) == (200, 200, "")
-    assert max(slow.times) <= 4 < max(quick.times) == grammars.CONSUMED_AT_ONCE
-    hostile = constraint_of(Slow(0.03))
-    hostile._consume([5] * 200)
-    assert "to follow, more than 20 (token 2 of the answer)" in hostile.error
-
-
-def test_nobody_is_told_late_for_long_behind_tokens_that_take_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the order of admission, in which the first ones would take all of each step."""
-    monkeypatch.setattr(Makers, "mask", lambda *_: None)
-    monkeypatch.setattr(grammars, "FOLLOWED_WITHIN_S", 1.0)
-    several = [constraint_of(Slow(0.004)) for _ in range(6)] + [constraint_of(Slow(0.0))]
-    for _ in range(12):
-        assert len(follow_all([(one, 5) for one in several])) >= 3
-    assert several[-1].num_followed >= 6
-    assert min(one.num_followed for one in several) >= 2
 
 
 def test_a_long_chain_of_rules_is_made_on_a_deep_stack() -> None:
