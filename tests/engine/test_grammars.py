@@ -1,5 +1,4 @@
-"""Grammars through the engine, against direct sampling with llguidance asked anew for each token, whatever happens
-to a request: overlapped and recorded steps, random chunks, preemptions, resumed answers, masks that come late."""
+"""Grammars through the engine, whatever happens to a request, against llguidance asked anew for each token."""
 
 from __future__ import annotations
 
