@@ -177,7 +177,9 @@ def test_a_reader_that_does_not_read_is_bounded_and_hinders_nobody(opening):
         until(lambda: stream.paused)
         assert stream.num_generated < 100_000
         assert house.post(CHATS, CHAT | {"max_tokens": 10}).status_code == 200
-        assert stream.paused
+        # The system's buffers on the way may have grown meanwhile, and taken a little more.
+        until(lambda: stream.paused)
+        assert stream.num_generated < 100_000
 
 
 def test_a_reader_that_takes_nothing_for_too_long_loses_its_connection(opening):
