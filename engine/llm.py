@@ -51,7 +51,7 @@ from cierzo.engine.messages import (
 from cierzo.engine.outputs import Output, SampleOutput
 from cierzo.engine.settings import settings_of
 from cierzo.engine.text.grammar import vocabulary_of
-from cierzo.engine.text.grammar_check import checked_grammar
+from cierzo.engine.text.grammar_check import CheckedGrammars
 from cierzo.engine.worker.core import EngineCore
 from cierzo.kernels.fault import DeviceFault
 from cierzo.scheduler.plan import unpacked_entry
@@ -79,6 +79,7 @@ class LLM(OneProcess):
         options = settings_of(EngineOptions, {"model": checkpoint_folder(fspath(model)), **settings})
         self._config, self._prompts = load_prompts(resolve(options))
         self._info = model_info(self._config, self._prompts)
+        self._grammars = CheckedGrammars(self._prompts, self._info)
         self._core: EngineCore | None = EngineCore(self._config)
         self._fault = ""
         self._request_ids = count(1)
@@ -237,8 +238,8 @@ class LLM(OneProcess):
             image_token_ids=prompts.image_token_ids,
         )
         submit = prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
-        grammar = checked_grammar(prompts, info, message, in_thinking=prompt.in_thinking)
-        submit = msgspec.structs.replace(submit, grammar=grammar)
+        if grammar := self._grammars.of(message, in_thinking=prompt.in_thinking):
+            submit = msgspec.structs.replace(submit, grammar=grammar)
         samples = [
             Sample(
                 index,

@@ -198,10 +198,9 @@ class Request:
         for count, token_id in enumerate(new, 1):
             tokens.append(token_id)
             reason = check(token_id, len(tokens))
-            if reason == "stop":
-                return count, reason, token_id
             if reason is not None or self.grammar == "ended":
-                return count, "stop" if self.grammar == "ended" else reason, None
+                stop_token_id = token_id if reason == "stop" else None
+                return count, "stop" if self.grammar == "ended" else reason, stop_token_id
         return len(new), None, None
 
     @property

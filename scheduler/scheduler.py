@@ -180,7 +180,7 @@ class Scheduler:
         if len(result.token_ids) != len(plan.seqs):
             raise ValueError(f"{len(result.token_ids)} results for a plan of {len(plan.seqs)} sequences")
         now = self._clock()
-        running, failures, logprobs = self._running, result.failures, result.logprobs
+        running, failures, logprobs, late = self._running, result.failures, result.logprobs, result.late
         num_tokens, num_seqs = plan.num_tokens, len(plan.seqs)
         for index, seq in enumerate(plan.seqs):
             request = running.get(seq.key)
@@ -191,7 +191,7 @@ class Scheduler:
                 num_tokens, num_seqs = num_tokens - len(seq.token_ids), num_seqs - 1
                 self._finish(request, "failed", failures[index])
                 continue
-            is_late = index in result.late
+            is_late = index in late
             request.num_computed = computed = seq.start + len(seq.token_ids) - is_late
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)

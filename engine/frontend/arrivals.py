@@ -196,7 +196,8 @@ class Arrivals:
 
     def ended(self, stream: Stream) -> None:
         """A stream has ended: its prompt and its grammar are not wanted any more."""
-        self._encoders.budget.give(self._grammar_bytes.pop(stream.request_id, 0), stream.tenant.name)
+        if (num_bytes := self._grammar_bytes.pop(stream.request_id, 0)) != 0:
+            self._encoders.budget.give(num_bytes, stream.tenant.name)
         if (future := self._encoding.pop(stream.request_id, None)) is not None:
             future.cancel()
 
@@ -283,9 +284,12 @@ class Arrivals:
 
     def _held(self, stream: Stream, encoded: Encoded) -> None:
         """Start a request, once its grammar is known to be one; meanwhile its prompt counts as one that waits."""
-        grammar, tenant = encoded.submit.grammar, stream.tenant.name
+        if not encoded.submit.grammar:
+            self._start(stream, encoded)
+            return
+        tenant = stream.tenant.name
         try:
-            checking = self.grammars.ask(grammar, tenant) if grammar else None
+            checking = self.grammars.ask(encoded.submit.grammar, tenant)
         except CierzoError as error:
             raise about(encoded.grammar_field, error) from error
         if checking is None:

@@ -21,7 +21,7 @@ from cierzo.engine.frontend.frames import UNDECODABLE
 from cierzo.engine.frontend.sample import STATE_TOKENS
 from cierzo.engine.frontend.wording import DECODERS, Wording, prompt_of
 from cierzo.engine.messages import ChatMessage, Failure, Generate, Message, ModelInfo, Submit, Tokenize, Worded
-from cierzo.engine.text.grammar import GrammarWriter, grammar_field, grammar_of, writer_of
+from cierzo.engine.text.grammar import GrammarWriter, asks_for_grammar, grammar_field, grammar_of, writer_of
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.prompt import CallLimit, Prompt, PromptEncoder
 from cierzo.engine.text.reader_state import ReaderState
@@ -142,12 +142,11 @@ class RequestEncoder:
             image_token_ids=prompts.image_token_ids,
         )
         submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
-        one_call = prompts.call_limit(message) == "one"
-        grammar = grammar_of(
-            self._grammars, message, in_thinking=prompt.in_thinking, one_call=one_call, apart=apart
-        )
-        if grammar:
-            submit = msgspec.structs.replace(submit, grammar=grammar)
+        calls, field = prompts.call_limit(message), ""
+        if asks_for_grammar(message):
+            field, one_call = grammar_field(message), calls == "one"
+            how = {"in_thinking": prompt.in_thinking, "one_call": one_call, "apart": apart}
+            submit = msgspec.structs.replace(submit, grammar=grammar_of(self._grammars, message, **how))
         tail, states = self._seen(message, submit, prompt, apart)
         return Encoded(
             message=message,
@@ -155,10 +154,10 @@ class RequestEncoder:
             num_prompt_tokens=len(prompt.token_ids),
             content=b"" if message.idempotency_key is None else digest(message),
             in_thinking=prompt.in_thinking,
-            calls=prompts.call_limit(message),
+            calls=calls,
             tail=tail,
             states=states,
-            grammar_field=grammar_field(message) if grammar else "",
+            grammar_field=field,
         )
 
     def _seen(

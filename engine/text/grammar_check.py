@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 
 from llguidance import LLMatcher
 
@@ -15,6 +15,7 @@ from cierzo.engine.messages import Generate, ModelInfo, Vocabulary
 from cierzo.engine.text.call_rules import ARGUMENTS
 from cierzo.engine.text.grammar import (
     OPTIONS,
+    GrammarWriter,
     about,
     asks_for_grammar,
     grammar_field,
@@ -55,18 +56,39 @@ _LIMITS = {
 }
 
 
-def checked_grammar(prompts: PromptEncoder, model: ModelInfo, message: Generate, *, in_thinking: bool) -> str:
-    """The grammar of the answer to a message, which was compiled; "" where it may be anything. Raises
-    InvalidRequest."""
-    one_call = prompts.call_limit(message) == "one"
-    how = {"in_thinking": in_thinking, "one_call": one_call, "apart": True}
-    grammar = grammar_of(writer_of(prompts, model), message, **how) if asks_for_grammar(message) else ""
-    if grammar and (table := vocabulary_of(prompts, model)) is not None:
-        try:
-            on_deep_stack(partial(GrammarCompiler(table).check, grammar))
-        except CierzoError as error:
-            raise about(grammar_field(message), error) from error
-    return grammar
+class CheckedGrammars:
+    """Grammars of the answers to messages of one model, for a caller without a front end. Messages that come one
+    after another mostly share their grammar: the last one is not compiled again."""
+
+    def __init__(self, prompts: PromptEncoder, model: ModelInfo) -> None:
+        self._prompts, self._model = prompts, model
+        self._checked = ""
+
+    @cached_property
+    def _writer(self) -> GrammarWriter | None:
+        """Made with the first grammar: the bytes of all tokens take half a second to find."""
+        return writer_of(self._prompts, self._model)
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        table = vocabulary_of(self._prompts, self._model)
+        assert table is not None, "a grammar was written without a vocabulary"
+        return GrammarCompiler(table)
+
+    def of(self, message: Generate, *, in_thinking: bool) -> str:
+        """The grammar of the answer to a message, which was compiled; "" where it may be anything. Raises
+        InvalidRequest."""
+        if not asks_for_grammar(message):
+            return ""
+        one_call = self._prompts.call_limit(message) == "one"
+        grammar = grammar_of(self._writer, message, in_thinking=in_thinking, one_call=one_call, apart=True)
+        if grammar != self._checked:
+            try:
+                on_deep_stack(partial(self._compiler.check, grammar))
+            except CierzoError as error:
+                raise about(grammar_field(message), error) from error
+            self._checked = grammar
+        return grammar
 
 
 class GrammarCompiler:

@@ -227,7 +227,9 @@ class FakeRunner:
         late_slots, self._late_slots = self._late_slots, set()
         if self._masked:
             failures, grammars = self._mask(plan, batch, tokens, late_slots)
-        late = frozenset(index for index in batch.sample_seqs if plan.seqs[index].slot in self._late_slots)
+        late = frozenset[int]()
+        if self._late_slots:
+            late = frozenset(index for index in batch.sample_seqs if plan.seqs[index].slot in self._late_slots)
         token_ids: list[list[int]] = [[] for _ in plan.seqs]
         logprobs: list[list[TokenLogprobs] | None] | None = None
         for index, token in zip(batch.sample_seqs, tokens, strict=True):

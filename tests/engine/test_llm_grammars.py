@@ -10,6 +10,7 @@ from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.llm import LLM
 from cierzo.engine.messages import Grammar
 from cierzo.engine.testing.words import TEMPLATE, marked_level
+from cierzo.engine.text.grammar_check import GrammarCompiler
 from cierzo.engine.weights.make import make_checkpoint
 
 HI = {"role": "user", "content": "Hi"}
@@ -46,3 +47,11 @@ def test_the_core_gets_the_grammar_of_the_whole_answer(llm: LLM) -> None:
     chat = {"messages": HI, "tools": [{"name": "f"}], "tool_choice": "required"}
     assert "thought_rest" in llm._submit(chat, None, {}).submit.grammar
     assert llm._submit({"text": "a"}, None, {}).submit.grammar == ""
+
+
+def test_messages_that_share_a_grammar_have_it_compiled_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(GrammarCompiler, "check", lambda self, grammar: compiled.append(grammar))
+    for word in ("once", "once", "twice", "once"):
+        llm._submit({"text": "a", "grammar": {"kind": "choice", "value": [word]}}, None, {})
+    assert [text.count('"once"') for text in compiled] == [1, 0, 1]

@@ -15,7 +15,7 @@ BUDGET = {
     "engine/gateway": 5_730,
     "engine/testing": 1_020,
     "engine/model": 1_190,
-    "engine/text": 5_120,
+    "engine/text": 5_130,
     "engine/weights": 4_010,
     "engine/worker": 4_730,
     "engine/commands": 890,
