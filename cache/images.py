@@ -30,8 +30,8 @@ def first_behind(images: Sequence[ImageSpan], position: int) -> int:
 
 
 def marks(images: Sequence[ImageSpan], start: int, end: int) -> bytes:
-    """What tells tokens start .. end-1 apart from equal ones: of each image there, the place of its first token
-    among them, how much of the image lies before that, and its digest. Empty where there is none."""
+    """Describe the images among tokens start .. end-1, which are equal whatever the image: of each the place of its
+    first token there, how much of the image lies before that, and its digest. Empty where there is none."""
     found = []
     for image in images[first_behind(images, start) :]:
         if image.offset >= end:

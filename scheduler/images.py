@@ -104,7 +104,7 @@ class EmbeddingBook:
         self._evict()
 
     def lacking(self, request: Request, start: int, count: int) -> list[Lacking]:
-        """Of the images that the next `count` tokens need, those that nobody has, in order."""
+        """Find the images that the next `count` tokens need and nobody has, in order."""
         found, seen = [], set[bytes]()
         for image in within(request.new.images, start, start + count):
             if image.key not in self._kept and image.key not in seen:

@@ -30,6 +30,23 @@ class PixelData:
             raise ValueError(f"{len(data)} bytes of pixels for {image.rows} x {image.columns} tokens")
 
 
+def spanned(image: PromptImage, salt: bytes = b"", pixels: PixelData | None = None) -> Image:
+    """An image as the scheduler takes it. salt: of its request; those with another one do not share embeddings."""
+    return Image(
+        offset=image.offset,
+        num_tokens=image.num_tokens,
+        digest=image.digest,
+        columns=image.columns,
+        key=image.digest + salt,
+        pixels=pixels,
+    )
+
+
+def blank(offset: int, rows: int, columns: int, digest: bytes, unit: int) -> PromptImage:
+    """An image of no colour in the place of one whose pixels are not known. unit: pixels to a token's side."""
+    return PromptImage(offset, rows, columns, digest, bytes(rows * columns * unit * unit * PIXEL_BYTES))
+
+
 class PixelStore:
     """Pixels of requests that live, and of the one that comes next, in pieces ahead of it."""
 
@@ -67,14 +84,7 @@ class PixelStore:
                 pixels = self._living[image.digest] = PixelData(image, data)
             except ValueError as error:
                 raise ValueError(f"images[{number}]: {error}") from None
-        return Image(
-            offset=image.offset,
-            num_tokens=image.num_tokens,
-            digest=image.digest,
-            columns=image.columns,
-            key=image.digest + submit.cache_salt,
-            pixels=pixels,
-        )
+        return spanned(image, submit.cache_salt, pixels)
 
 
 class Embeddings(Generic[T]):
@@ -90,7 +100,7 @@ class Embeddings(Generic[T]):
         self._kept = {key: found for key, found in self._kept.items() if key in wanted}
 
     def of(self, image: Image) -> T:
-        """Those of an image, which are made now unless they are there. Raises what making them raises."""
+        """Give those of an image, which are made now unless they are there. Raises what making them raises."""
         found = self._kept.get(image.key)
         if found is None:
             found = self._kept[image.key] = self._embed(image)
