@@ -112,7 +112,7 @@ class ModelRunner:
     def of(
         cls, config: EngineConfig, model: Model, kv: KVPool, description: str = "", tower: Tower | None = None
     ) -> ModelRunner:
-        """The runner of a model on the configuration's device."""
+        """The runner of a model on the configuration's device. tower: by default the model's own, if it has one."""
         device, limits, staged, graphs = torch.device(config.device), config.scheduler, None, None
         by_name = config.kernels.implementations
         host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
@@ -138,7 +138,7 @@ class ModelRunner:
             graphs=graphs,
             overlap=config.overlap,
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
-            tower=tower,
+            tower=tower or getattr(getattr(model, "tower", None), "embed", None),
         )
 
     def prepare(self, config: EngineConfig, compilation: Compilation) -> None:
