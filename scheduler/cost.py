@@ -25,14 +25,15 @@ FEATURES = 8  # of a step that its seconds are a sum over
 class StepWork(msgspec.Struct, frozen=True, gc=False):
     """Work of a step. decode_context: tokens of context that its decode rows read. rows, pairs, context: of all its
     chunks, the pairs of a row and a key that it sees and the tokens of context that the chunks attend to.
-    embeddings, embedding_pairs: of images that are made, their image tokens, and the squares of these."""
+    embeddings, embedding_pairs: of images that are made, their image tokens, and the squares of these; of one that
+    is made in part, this part."""
 
     sequences: int = 0
     decode_context: int = 0
     rows: int = 0
     pairs: float = 0.0
     context: int = 0
-    embeddings: int = 0
+    embeddings: float = 0.0
     embedding_pairs: float = 0.0
 
 
@@ -66,12 +67,15 @@ class StepCost(msgspec.Struct, frozen=True, gc=False):
             else 0.0
         )
         decodes_s = work.sequences * self.sequence_s + work.decode_context * self.decode_context_s
-        images_s = work.embeddings * self.embedding_s + work.embedding_pairs * self.embedding_pair_s
-        return self.step_s + decodes_s + chunks_s + images_s
+        return self.step_s + decodes_s + chunks_s + self.images_s(work.embeddings, work.embedding_pairs)
+
+    def images_s(self, embeddings: float, pairs: float) -> float:
+        """Predict the tower's time for images."""
+        return embeddings * self.embedding_s + pairs * self.embedding_pair_s
 
     def image_s(self, num_embeddings: int) -> float:
         """Predict the tower's time for an image."""
-        return num_embeddings * self.embedding_s + num_embeddings * num_embeddings * self.embedding_pair_s
+        return self.images_s(num_embeddings, num_embeddings**2)
 
     def chunk_s(self, start: int, count: int) -> float:
         """Predict what a chunk adds to a step that has one already."""
@@ -168,7 +172,7 @@ class CostLearner:
             return False
         return True
 
-    def _most(self, most: int, rows: int, seconds: float) -> int:
+    def _most(self, most: int, rows: float, seconds: float) -> int:
         """Rows or embeddings that the next steps may have, of `most` so far, after one of so many: by the row a
         larger step is no slower."""
         target_s = self._target_s

@@ -91,7 +91,8 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
 
     ahead: some of its tokens are PENDING. work: as priced when it was planned; None where the step is not priced,
     or run again. predicted_s: of this step, or the last priced one; 0.0: no price was known. kept: the images, by
-    key, whose embeddings the runner keeps from now on, what it makes in this step included; None: as before.
+    key, whose embeddings the runner keeps from now on, what it makes in this step included; None: as before. begun:
+    images that no row of it needs yet, of each the stages of the tower that are done before its rows.
     """
 
     step: int
@@ -101,6 +102,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     work: StepWork | None = None
     predicted_s: float = 0.0
     kept: tuple[bytes, ...] | None = None
+    begun: list[tuple[Image, int]] = []
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -55,7 +55,7 @@ class Scheduler:
         self._live: dict[int, dict[int, Request]] = {}  # request id -> sample -> request
         self._running: dict[RequestKey, Request] = {}  # in admission order
         self._tenants = Tenants(config.max_running, cache.num_blocks)
-        self._images = EmbeddingBook(config.image_cache_tokens)
+        self._images = EmbeddingBook(config.image_cache_tokens, config.image_stages)
         self._gate = SiblingGate()
         self._grammar_gate = GrammarGate()
         self._deadlines = RequestHeap()
@@ -169,7 +169,7 @@ class Scheduler:
         if work is not None and seqs and self._cost is not None:
             self._predicted_s = self._cost.seconds(work)
         num_tokens = self._config.budget_tokens - budget.tokens
-        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, self._images.kept())
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, *self._images.told())
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
@@ -375,10 +375,10 @@ class Scheduler:
         count = budget.chunk(
             start, missing, contended=contended, num_waiting=num_waiting, admitted=request.is_new, lacking=lacking
         )
+        self._tenants.charge(request, start, count, self._images.take(request, start, count, budget.begun))
         if not count:
             return
         samples = start + count == num_tokens
-        self._tenants.charge(request, start, count, self._images.take(request, start, count))
         request.num_planned += count
         request.num_pending += samples
         budget.seqs.append(request.chunk(start, count, samples=samples))

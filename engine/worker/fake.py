@@ -9,7 +9,7 @@ a generated one changes what follows. No torch here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Literal
 
@@ -115,7 +115,9 @@ class FakeRunner:
         max_running: int,
         reads: Literal["context", "last"] = "context",
         script: Script | None = None,
+        image_stages: int = 1,
     ) -> None:
+        self._image_stages = image_stages
         self.experts = None  # it has none
         self._vocab_size = np.uint64(vocab_size)
         self._block_tokens = block_tokens
@@ -135,6 +137,8 @@ class FakeRunner:
         """Write the step's tokens to the cache and choose the next ones."""
         if plan.kept is not None:
             self._embeddings.keep(plan.kept)
+        for image, stages in plan.begun:
+            self._embeddings.advance(image, stages)
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._admit(seq)
@@ -174,11 +178,13 @@ class FakeRunner:
         if Masks.of(seq.admission) is not None or seq.admission.constraint is not None:
             self._masked[seq.slot] = seq.admission, [*seq.admission.output_token_ids]
 
-    def _embed(self, image: Image) -> Words:
+    def _embed(self, image: Image) -> Iterator[Words | None]:
         """Words in the place of an image's embeddings: of its digest, and of their number."""
+        for _ in range(self._image_stages - 1):
+            yield None
         self.towers.append(image.digest)
         digest = np.frombuffer(blake2b(image.digest, digest_size=8).digest(), np.uint64)
-        return mix(digest + np.arange(image.num_embeddings, dtype=np.uint64))
+        yield mix(digest + np.arange(image.num_embeddings, dtype=np.uint64))
 
     def _write(self, batch: Batch) -> None:
         words = mix(batch.token_ids.astype(np.uint64)) + mix(batch.positions.astype(np.uint64) << _ONE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from math import isqrt
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -12,6 +13,7 @@ from cierzo.scheduler.images import Image
 
 T = TypeVar("T")
 
+ALL = 1 << 30  # stages: more than any tower has
 PIXEL_BYTES = 12  # red, green and blue, float32
 
 
@@ -90,18 +92,30 @@ class PixelStore:
 class Embeddings(Generic[T]):
     """Embeddings of images by key, of the form T. The scheduler says which are kept; what is missing is made."""
 
-    def __init__(self, embed: Callable[[Image], T]) -> None:
+    def __init__(self, embed: Callable[[Image], Iterator[T | None]]) -> None:
+        """embed: takes an image through a tower, a stage for each item: None, and in the end the embeddings."""
         self._embed = embed
         self._kept: dict[bytes, T] = {}
+        self._begun: dict[bytes, Iterator[T | None]] = {}
 
     def keep(self, keys: Iterable[bytes]) -> None:
         """Forget all others."""
         wanted = {*keys}
         self._kept = {key: found for key, found in self._kept.items() if key in wanted}
+        self._begun = {key: begun for key, begun in self._begun.items() if key in wanted}
+
+    def advance(self, image: Image, stages: int) -> None:
+        """Take an image through so many stages more, if as many are left. Raises what a stage raises."""
+        if image.key in self._kept:
+            return
+        begun = self._begun.pop(image.key, None) or self._embed(image)
+        for found in islice(begun, stages):
+            if found is not None:
+                self._kept[image.key] = found
+                return
+        self._begun[image.key] = begun
 
     def of(self, image: Image) -> T:
         """Give those of an image, which are made now unless they are there. Raises what making them raises."""
-        found = self._kept.get(image.key)
-        if found is None:
-            found = self._kept[image.key] = self._embed(image)
-        return found
+        self.advance(image, ALL)
+        return self._kept[image.key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Tower = Callable[[Tensor], Tensor]  # pixels, fp32 [H unit, W unit, 3] -> embeddings [H W, hidden]
+# Pixels, fp32 [H unit, W unit, 3] -> None for each stage but the last one, which gives embeddings [H W, hidden].
+Tower = Callable[[Tensor], Iterator[Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class ModelRunner:
             graphs=graphs,
             overlap=config.overlap,
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
-            tower=tower or getattr(getattr(model, "tower", None), "embed", None),
+            tower=tower or _tower_of(model),
         )
 
     def prepare(self, config: EngineConfig, compilation: Compilation) -> None:
@@ -172,6 +173,8 @@ class ModelRunner:
     def _launch(self, plan: StepPlan, batch: Batch) -> None:
         if plan.kept is not None:
             self._embeddings.keep(plan.kept)
+        for image, stages in plan.begun:
+            self._embeddings.advance(image, stages)
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
@@ -206,8 +209,8 @@ class ModelRunner:
             rows = replace(rows, image_embeddings=torch.cat(parts))
         return rows, sample_rows
 
-    def _embed(self, image: Image) -> Tensor:
-        """An image's embeddings, [H W, hidden]. Raises ValueError for a model that takes no images."""
+    def _embed(self, image: Image) -> Iterator[Tensor | None]:
+        """Take an image through the tower's stages. Raises ValueError for a model that takes no images."""
         if self._tower is None:
             raise ValueError("the model takes no images")
         pixels = image.pixels
@@ -285,6 +288,14 @@ class ModelRunner:
     def describe(self) -> str:
         """The kernels in force, as printed at start."""
         return self._description
+
+
+def _tower_of(model: Model) -> Tower | None:
+    """The tower of a model that has one."""
+    tower = getattr(model, "tower", None)
+    if tower is None or hasattr(tower, "stages"):
+        return getattr(tower, "stages", None)
+    return lambda pixels: iter([tower.embed(pixels)])
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

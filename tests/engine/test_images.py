@@ -21,6 +21,7 @@ from cierzo.engine.messages import Abort, Submit, TokenDelta
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.cost import StepCost
 from cierzo.scheduler.plan import StepPlan
 
 VOCAB = 50
@@ -66,9 +67,17 @@ def machine(*, num_blocks: int = 64, prefix_caching: bool = True, **limits: Any)
     defaults = {"budget_tokens": 12, "max_chunk_tokens": 5, "max_running": 4, "max_model_len": MAX_LEN}
     scheduler = SchedulerConfig(**{**defaults, "image_cache_tokens": 40, **limits})
     cache = CacheConfig(block_tokens=4, num_blocks=num_blocks, prefix_caching=prefix_caching)
-    runner = FakeRunner(vocab_size=VOCAB, num_blocks=num_blocks, block_tokens=4, max_running=scheduler.max_running)
+    sizes = {"num_blocks": num_blocks, "block_tokens": 4, "max_running": scheduler.max_running}
+    runner = FakeRunner(vocab_size=VOCAB, **sizes, image_stages=3)
     made = Machine(EngineCore(fake_config(scheduler, cache, vocab_size=VOCAB), runner, lambda: 0.0), runner)
     made.core.observe = made.plans.append
+    return made
+
+
+def timed_machine(**limits: Any) -> Machine:
+    """One whose steps have room for few rows and few stages of a tower."""
+    made = machine(max_step_s=1.0, image_stages=3, **limits)
+    made.core._scheduler.reprice(StepCost(0.0, 0.0, 0.0, 0.0, 0.05, 0.0, embedding_s=0.3))
     return made
 
 
@@ -87,12 +96,14 @@ def alone(request: Submit) -> Machine:
     overlapped=st.booleans(),
     cuts=st.one_of(st.none(), st.integers(0, 1 << 30)),
     prefix_caching=st.booleans(),
+    timed=st.booleans(),
 )
 def test_everyone_gets_the_tokens_that_it_gets_alone(
-    seed: int, num_blocks: int, room: int, overlapped: bool, cuts: int | None, prefix_caching: bool
+    seed: int, num_blocks: int, room: int, overlapped: bool, cuts: int | None, prefix_caching: bool, timed: bool
 ) -> None:
     rng = random.Random(seed)
-    ours = machine(num_blocks=num_blocks, prefix_caching=prefix_caching, image_cache_tokens=room)
+    limits = {"num_blocks": num_blocks, "prefix_caching": prefix_caching, "image_cache_tokens": room}
+    ours = timed_machine(**limits) if timed else machine(**limits)
     asked: dict[int, Submit] = {}
     texts = [random_parts(rng, 2), random_parts(rng, 3)]  # that several begin with
     with random_cuts(cuts):
@@ -186,6 +197,39 @@ def test_an_image_in_use_is_not_forgotten_for_another() -> None:
         for plan in ours.plans
     ]
     assert max(map(len, inside)) == 1
+
+
+def test_a_tower_that_takes_long_works_beside_those_who_decode() -> None:
+    """In stages of steps that nobody's rows of the image are in; each picture still once."""
+    ours = timed_machine()
+    ours.core.submit(submit(0, [1, 2, 3], max_tokens=60))
+    ours.step()
+    for number in (1, 2):
+        ours.core.submit(submit(number, [number, LARGE, 5, (1, 4, 2), 6]))
+    ours.run()
+    begun = [[stages for _, stages in plan.begun] for plan in ours.plans]
+    assert sum(map(len, begun)) > 3
+    assert max(map(len, begun)) == 1
+    assert len(ours.runner.towers) == 2
+    made = [plan for plan in ours.plans if plan.work is not None and plan.work.embeddings]
+    assert max(plan.work.embeddings for plan in made) <= 4, "a third of the larger image"
+    assert all((0, 0) in {seq.key for seq in plan.seqs} for plan in made)
+    for number in (1, 2):
+        assert ours.tokens[number, 0] == alone(submit(number, [number, LARGE, 5, (1, 4, 2), 6])).tokens[number, 0]
+
+
+def test_what_an_aborted_request_had_begun_is_forgotten() -> None:
+    ours = timed_machine(image_cache_tokens=1)
+    ours.core.submit(submit(0, [1, 2, 3], max_tokens=60))
+    ours.step()
+    ours.core.submit(submit(1, [LARGE, 5]))
+    ours.step()
+    assert ours.runner._embeddings._begun
+    ours.core.abort(Abort(request_id=1))
+    ours.step()
+    assert not ours.runner._embeddings._begun
+    assert not ours.runner.towers
+    ours.run()
 
 
 def test_a_decode_step_has_no_images() -> None:

@@ -95,7 +95,45 @@ def test_a_burst_of_images_keeps_steps_to_the_target() -> None:
     assert max(map(len, machine.made.values())) == 1
 
 
-def test_an_image_that_takes_longer_than_the_target_is_made_alone_and_all_go_on() -> None:
+def test_an_image_that_takes_longer_than_the_target_is_made_in_stages() -> None:
+    """24 of 8.75 ms: beside those who decode no step takes longer than the target, and all images are made."""
+    machine = Machine(max_step_s=0.1, image_stages=24)
+    machine.add(100, 20)
+    machine.step()
+    for number in range(3):
+        machine.add(number, 180, image(40, number))
+    begun, steps = [], []
+    for _ in range(60):
+        plan = machine.step()
+        assert 100 in {seq.key[0] for seq in plan.seqs}
+        begun += [(one.key, stages) for one, stages in plan.begun]
+        steps.append(plan.predicted_s)
+    assert max(steps) <= 0.1 + LEAST_CHUNK * COST.row_s
+    for number in range(3):
+        assert 12 <= sum(stages for key, stages in begun if key == bytes([number])) <= 24
+    assert all(len(one.tokens) > 180 or one.key[0] == 100 for one in machine.scheduler.requests())
+
+
+def test_stages_are_for_those_who_decode() -> None:
+    """Where nobody does, an image is made at once: a prompt that has waited gains nothing by it."""
+    machine = Machine(max_step_s=0.1, image_stages=24)
+    machine.add(1, 180, image(0, 1))
+    plan = machine.step()
+    assert plan.begun == []
+    assert plan.work is not None
+    assert plan.work.embeddings == 100
+
+
+def test_without_a_price_a_tower_begins_with_one_stage() -> None:
+    machine = Machine(CostLearner(target_s=0.5).cost, image_stages=24)
+    machine.add(100, 20)
+    machine.step()
+    machine.add(1, 180, image(0, 1))
+    plan = machine.step()
+    assert [stages for _, stages in plan.begun] == [1]
+
+
+def test_an_image_without_stages_that_takes_longer_than_the_target_is_made_alone_and_all_go_on() -> None:
     machine = Machine(max_step_s=0.1)
     machine.add(100, 20)
     machine.step()
