@@ -278,7 +278,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
         ),
-        scheduler=_limits(options, profile, max_model_len),
+        scheduler=_limits(options, profile, max_model_len, model),
         kernels=_kernels(options),
         flight_folder=_flight_folder(options),
         record_prompts=options.record_prompts,
@@ -301,7 +301,7 @@ def _frontend(options: EngineOptions) -> FrontendConfig:
     )
 
 
-def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> SchedulerConfig:
+def _limits(options: EngineOptions, profile: Profile, max_model_len: int, model: ModelConfig) -> SchedulerConfig:
     """The scheduler's section."""
     return SchedulerConfig(
         budget_tokens=profile.budget_tokens,
@@ -312,6 +312,7 @@ def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> Sch
         max_model_len=max_model_len,
         priority_aging_s=options.priority_aging_s,
         image_cache_tokens=options.image_cache_tokens,
+        image_stages=getattr(getattr(model, "vision", None), "num_layers", 1),
     )
 
 
