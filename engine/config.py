@@ -134,6 +134,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     priority_aging_s: Annotated[
         Amount, Meta(description="seconds of waiting that one level of priority is worth")
     ] = 30.0
+    image_cache_tokens: Annotated[
+        Count, Meta(description="embeddings of images that are kept for the next request, in image tokens")
+    ] = 16_384
     expert_statistics: Annotated[
         bool, Meta(description="count which experts the tokens choose; costs about 0.05 ms of a step")
     ] = False
@@ -212,6 +215,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
+        if getattr(self.model, "vision", None) is not None:
+            rows.append(("images", f"{self.scheduler.image_cache_tokens:,} tokens of embeddings are kept"))
         if self.flight_folder:
             what = "with token ids" if self.record_prompts else "ids and lengths"
             rows.append(("flight record", f"{self.flight_folder} ({what})"))
@@ -273,7 +278,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
         ),
-        scheduler=_limits(options, profile, max_model_len),
+        scheduler=_limits(options, profile, max_model_len, model),
         kernels=_kernels(options),
         flight_folder=_flight_folder(options),
         record_prompts=options.record_prompts,
@@ -296,7 +301,7 @@ def _frontend(options: EngineOptions) -> FrontendConfig:
     )
 
 
-def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> SchedulerConfig:
+def _limits(options: EngineOptions, profile: Profile, max_model_len: int, model: ModelConfig) -> SchedulerConfig:
     """The scheduler's section."""
     return SchedulerConfig(
         budget_tokens=profile.budget_tokens,
@@ -306,6 +311,8 @@ def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> Sch
         max_waiting=options.max_waiting,
         max_model_len=max_model_len,
         priority_aging_s=options.priority_aging_s,
+        image_cache_tokens=options.image_cache_tokens,
+        image_stages=getattr(getattr(model, "vision", None), "num_layers", 1),
     )
 
 
@@ -420,6 +427,7 @@ def _kv_room_bytes(
         max_running=options.max_running or 0,
         graph_sequences=options.graph_sequences or 0,
         max_model_len=longest_request(model.max_position_embeddings, options.max_model_len),
+        image_cache_tokens=options.image_cache_tokens,
     )
     cards = 1 if card is None else card.cards
     return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards)

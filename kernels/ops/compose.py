@@ -135,6 +135,8 @@ def layers(
 ) -> tuple[Tensor, Tensor]:
     """Run a decoder up to its head: the last block's result, and the residual stream before it."""
     residual = functional.embedding(rows.token_ids, weights.embedding)
+    if rows.image_rows is not None and rows.image_embeddings is not None:
+        residual[rows.image_rows] = rows.image_embeddings
     x: Tensor | None = None
     pages = iter(weights.pages)
     expert_ids = iter(() if rows.expert_ids is None else rows.expert_ids)
