@@ -171,7 +171,7 @@ def _examined(folder: Path, specs_of: SpecsOf | None, wrong: list[CheckpointErro
         wrong += [error] if error.message not in [one.message for one in wrong] else []
     mapped = NameMap(format or CheckpointFormat(find_layout(folder), "plain"))
     try:
-        mapped = map_names(tensors, mapped.format)
+        mapped = map_names(tensors, mapped.format, model is not None and model.vision is not None)
         if specs_of is not None and model is not None and format is not None:
             from cierzo.engine.weights.plan import plan_parameters
 
