@@ -25,8 +25,8 @@ class Decoder:
     def __init__(
         self, weights: DecoderWeights, positions: Positions, shard: Shard, tower: VisionTower | None = None
     ) -> None:
-        """weights: without pages; those of the pool that a step names are put there. tower: None where no image is
-        taken."""
+        """weights: without pages; those of the pool that a step names are put there. tower: sees images, if the
+        model takes any."""
         self.weights = weights
         self.tower = tower
         self._positions = positions
@@ -34,48 +34,24 @@ class Decoder:
         self._pool: KVPool | None = None  # whose pages are in `weights`
 
     @torch.inference_mode()
-    def logits(
-        self,
-        rows: StepRows,
-        kv: KVPool,
-        logit_rows: Tensor | None = None,
-        *,
-        image_rows: Tensor | None = None,
-        image_embeddings: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, rows: StepRows, kv: KVPool, logit_rows: Tensor | None = None) -> Tensor:
         """Compute the step's T rows, writing their cache entries into `kv` -> fp32 [M,vocab] of `logit_rows`.
 
-        logit_rows: int64 [M], or None for all. With several ranks, this rank's vocab / world columns. image_rows:
-        int64 [I], rows that stand for merged tokens of images; image_embeddings [I,hidden], what the tower made of
-        these, take the place of the rows' token embeddings. None: no row does.
+        logit_rows: int64 [M], or None for all. With several ranks, this rank's vocab / world columns.
         """
-        if self._shard.world == 1 and image_rows is None:
-            return block.decoder(self._on(kv), rows, self._positions.tables(rows), logit_rows)
-        x, residual = self._layers(rows, kv, image_rows, image_embeddings)
-        return compose.head(self._on(kv), x, residual, logit_rows)
+        weights, tables = self._on(kv), self._positions.tables(rows)
+        if self._shard.world == 1:
+            return block.decoder(weights, rows, tables, logit_rows)
+        return compose.decoder(weights, rows, tables, logit_rows, self._shard.all_reduce)
 
     @torch.inference_mode()
-    def head(
-        self,
-        rows: StepRows,
-        kv: KVPool,
-        *,
-        image_rows: Tensor | None = None,
-        image_embeddings: Tensor | None = None,
-    ) -> Callable[[Tensor], Tensor]:
+    def head(self, rows: StepRows, kv: KVPool) -> Callable[[Tensor], Tensor]:
         """Compute the step as `logits` does, bit for bit, and give what makes logits of some of its rows, int64
         [M] -> fp32 [M,vocab]: for a step of more rows than there is room for logits of."""
-        weights = self._on(kv)
-        x, residual = self._layers(rows, kv, image_rows, image_embeddings)
-        return lambda some: compose.head(weights, x, residual, some)
-
-    def _layers(
-        self, rows: StepRows, kv: KVPool, image_rows: Tensor | None, image_embeddings: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
         weights, tables = self._on(kv), self._positions.tables(rows)
-        embedded = compose.embedded(weights, rows.token_ids, image_rows, image_embeddings)
         all_reduce = None if self._shard.world == 1 else self._shard.all_reduce
-        return compose.layers(weights, rows, tables, embedded, all_reduce)
+        x, residual = compose.layers(weights, rows, tables, all_reduce)
+        return lambda some: compose.head(weights, x, residual, some)
 
     def _on(self, kv: KVPool) -> DecoderWeights:
         """The weights, with the pages of a pool."""

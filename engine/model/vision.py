@@ -9,6 +9,7 @@ depend on those beside it. Every rank holds the whole tower. Letters: T patches 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,13 +65,20 @@ class VisionTower:
         self._projector = after
         self._inv_freq = rope.default_inv_freq(config.head_dim, config.rope_theta).to(first_norm.device)
 
-    @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
         """An image's embeddings, a row for each of its merged tokens, row by row -> [height * width, text's width].
 
         pixels: fp32 [height * unit, width * unit, 3], normalised, unit being `config.unit_px`; carried to the
         tower's device and dtype. Raises ValueError for another shape.
         """
+        *_, embeddings = self.stages(pixels)
+        assert embeddings is not None, "the last stage gives them"
+        return embeddings
+
+    @torch.inference_mode()
+    def stages(self, pixels: Tensor) -> Iterator[Tensor | None]:
+        """Embed an image bit by bit, for who has other work meanwhile: a stage for each layer, None, but for the
+        last one, which gives the embeddings, as `embed` does. Stages of several images may take turns."""
         unit, patch = self.config.unit_px, self.config.patch
         if (
             pixels.dim() != 3
@@ -83,11 +91,12 @@ class VisionTower:
         pixels = pixels.to(self._first_norm.device, self._first_norm.dtype)
         cut = pixels.view(rows, patch, columns, patch, 3).permute(0, 2, 4, 1, 3).reshape(rows * columns, -1)
         residual = norm.rms_norm(linear.linear(cut, self._patches), self._first_norm, self.config.norm_eps)
-        tables, x = self._tables(rows, columns), None
-        for layer in self._layers:
+        tables, (*before, last) = self._tables(rows, columns), self._layers
+        x: Tensor | None = None
+        for layer in before:
             x = self._layer(layer, x, residual, *tables)
-        assert x is not None, "a tower has layers"
-        return self._project(x, residual, rows, columns)
+            yield None
+        yield self._project(self._layer(last, x, residual, *tables), residual, rows, columns)
 
     def _tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """cos and sin of each patch, fp32 [T,d/2]: even frequencies turn by its row, odd ones by its column."""

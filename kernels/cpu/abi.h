@@ -430,4 +430,7 @@ struct DecoderArgs {  // from token ids to logits
     const int64_t* logit_rows;  // null: all, in order
     int64_t logit_count;
     float* logits;  // [logit_count, head->n]
+    const int64_t* image_rows;  // rows that begin with these in the place of their tokens' embeddings
+    const void* image_embeddings;  // [image_count, hidden]
+    int64_t image_count;
 };

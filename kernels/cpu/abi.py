@@ -338,4 +338,7 @@ class DecoderModel(ctypes.Structure):
 class DecoderArgs(ctypes.Structure):
     """As in abi.h."""
 
-    _fields_ = _fields("p: model token_ids | i64: rows | p: step logit_rows | i64: logit_count | p: logits")
+    _fields_ = _fields(
+        "p: model token_ids | i64: rows | p: step logit_rows | i64: logit_count | p: logits image_rows"
+        "| p: image_embeddings | i64: image_count"
+    )

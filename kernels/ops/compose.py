@@ -123,33 +123,20 @@ def decoder(
 ) -> Tensor:
     """See ops/block.py. With several ranks, `all_reduce` adds up what their blocks give, and the logits are this
     rank's columns."""
-    x, residual = layers(weights, rows, tables, embedded(weights, rows.token_ids), all_reduce)
+    x, residual = layers(weights, rows, tables, all_reduce)
     return head(weights, x, residual, logit_rows)
-
-
-def embedded(
-    weights: DecoderWeights,
-    token_ids: Tensor,
-    image_rows: Tensor | None = None,
-    image_embeddings: Tensor | None = None,
-) -> Tensor:
-    """Embeddings that a decoder's rows begin with -> new [T,D]: of the tokens, and in the rows int64 [I] those of
-    images [I,D], in the model's dtype."""
-    found = functional.embedding(token_ids, weights.embedding)
-    if image_rows is None or image_embeddings is None:
-        return found
-    return found.index_copy_(0, image_rows, image_embeddings)
 
 
 def layers(
     weights: DecoderWeights,
     rows: StepRows,
     tables: PositionTables,
-    residual: Tensor,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a decoder up to its head: the last block's result, and the residual stream before it. residual: what
-    `embedded` gave, written to."""
+    """Run a decoder up to its head: the last block's result, and the residual stream before it."""
+    residual = functional.embedding(rows.token_ids, weights.embedding)
+    if rows.image_rows is not None and rows.image_embeddings is not None:
+        residual[rows.image_rows] = rows.image_embeddings
     x: Tensor | None = None
     pages = iter(weights.pages)
     expert_ids = iter(() if rows.expert_ids is None else rows.expert_ids)

@@ -111,13 +111,11 @@ def step(model: Decoder, pool: KVPool, sequence: Sequence, tokens: list[int], fe
     table = torch.arange(NUM_BLOCKS).int()[None]
     queries, none = make_queries([(len(tokens), end, 0)], table), make_queries([], table)
     ids = torch.tensor(tokens)
-    rows = StepRows(ids, slots, slots, len(tokens), queries, none)
-    sequence.computed = end
     places = (ids == IMAGE).nonzero()[:, 0]
-    if not len(places):
-        return model.logits(rows, pool)
     ready = features[len(features) - len(places) :]
-    return model.logits(rows, pool, image_rows=places, image_embeddings=ready)
+    rows = StepRows(ids, slots, slots, len(tokens), queries, none, image_rows=places, image_embeddings=ready)
+    sequence.computed = end
+    return model.logits(rows, pool)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -142,6 +140,16 @@ def test_logits_are_those_of_transformers(folders: dict[tuple[str, str], Path], 
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-3, atol=1e-4)
     without = torch.cat(found) - oracle_logits(text, tokens, [one.flip(0) for one in images])
     assert without.abs().max() > 0.05  # images matter
+
+
+def test_an_image_in_stages_has_the_same_bits(folders: dict[tuple[str, str], Path]) -> None:
+    """A stage a layer, those of two images in turn."""
+    ours, both = tower(folders["mistral4", "published"]), (image(3, 4), image(5, 2, seed=1))
+    first, second = (list(one) for one in zip(*zip(*map(ours.stages, both), strict=True), strict=True))
+    assert first[:-1] == second[:-1] == [None] * (ours.config.num_layers - 1)
+    for found, pixels in zip((first[-1], second[-1]), both, strict=True):
+        assert found is not None
+        assert torch.equal(found, ours.embed(pixels))
 
 
 def test_text_only_has_no_tower(folders: dict[tuple[str, str], Path], caplog: pytest.LogCaptureFixture) -> None:
