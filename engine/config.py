@@ -85,6 +85,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "mistral", "tokenizers"],
         Meta(description="mistral: tekken.json, by mistral-common; tokenizers: tokenizer.json; auto: the first"),
     ] = "auto"
+    text_only: Annotated[
+        bool, Meta(description="take no images: a checkpoint's vision tower is left aside, and takes no memory")
+    ] = False
     threads: Annotated[
         Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None,
         Meta(description="CPU threads of the core; default: all usable ones"),
@@ -189,7 +192,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def describe(self) -> str:
         """The resolved settings and the capacity plan, as printed at start."""
-        threads = "pinned threads" if self.pin_threads else "threads"
+        threads, tower = "pinned threads" if self.pin_threads else "threads", self.model.vision
         rows = [
             ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
             ("profile", self.profile),
@@ -212,6 +215,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 if self.scheduler.max_step_s
                 else "no target (--max-step-ms): chunks are cut by tokens alone",
             ),
+            ("images", "none" if tower is None else f"of up to {tower.max_side_px:,} px a side"),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
@@ -343,7 +347,7 @@ def _model(options: EngineOptions, card: Device | None) -> tuple[Path, ModelConf
     model = named if card is not None else None
     if model is None:
         path = checkpoint_path(options.model)
-        model = read_model_config(path)
+        model = read_model_config(path, options.text_only)
     else:
         path = Path(options.model).resolve()
     if options.softmax_scale is not None:

@@ -215,6 +215,23 @@ struct GqaArgs {  // gqa_prefill, gqa_decode
     int32_t kv_format, dtype;
 };
 
+struct ImageAttentionArgs {  // image_attention; heads of a row lie side by side
+    const void* q;  // [T,H,d]
+    const void* keys;
+    const void* values;
+    int64_t rows, heads, width, q_stride, k_stride, v_stride;
+    void* out;  // [T,H,d]
+    float scale;
+    int32_t dtype;
+};
+
+struct GeluArgs {
+    const void* x;
+    int64_t rows, width, x_stride;
+    void* out;  // [rows, width]
+    int32_t dtype;
+};
+
 // Experts of a weight tensor -> a packed matrix (see formats/). `refused` becomes the place in [experts, n, k] of the
 // first weight that the format cannot hold, if there is one; the target's content is then undefined.
 struct PackArgs {

@@ -173,6 +173,20 @@ class GqaArgs(ctypes.Structure):
     ]
 
 
+class ImageAttentionArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields(
+        "p: q keys values | i64: rows heads width q_stride k_stride v_stride | p: out | f32: scale | i32: dtype"
+    )
+
+
+class GeluArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields("p: x | i64: rows width x_stride | p: out | i32: dtype")
+
+
 class PackArgs(ctypes.Structure):
     """As in abi.h."""
 

@@ -106,7 +106,7 @@ def test_an_operation_before_bind_says_so() -> None:
 DEPENDING = {
     *("rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8", "linear", "lm_head", "gated_mlp", "route"),
     *("expert_mlp", "write_normed_latents", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
-    *("gqa_prefill", "gqa_decode"),
+    *("gqa_prefill", "gqa_decode", "image_attention", "gelu"),
 }
 IN_TORCH, COMPOSED_OF_DEPENDING = (f"{name}, bits depend on the rows beside" for name in ("torch", "composed"))
 COMPOSED = {"mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"}
