@@ -26,6 +26,7 @@ from cierzo.engine.conversation import (
 )
 from cierzo.engine.core_stats import CoreStats
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.engine.prompt_image import PromptImage, VisionInfo
 from cierzo.engine.questions import (
     Detokenize,
     Detokenized,
@@ -75,6 +76,7 @@ __all__ = [
     "ModelInfo",
     "Part",
     "PartKind",
+    "PromptImage",
     "SamplingParams",
     "Stats",
     "TextChunk",
@@ -87,6 +89,7 @@ __all__ = [
     "TokenizerInfo",
     "Tool",
     "ToolCall",
+    "VisionInfo",
 ]
 
 
@@ -416,7 +419,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
     share no blocks. `num_scored`: entries of the prompt's log-probabilities that an earlier run has delivered.
     `grammar`: what the whole output must be, as llguidance reads it, within the limits of text/grammar_limits.py;
-    "": anything.
+    "": anything. `images`: of the prompt, in its order.
     """
 
     request_id: int
@@ -434,6 +437,16 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     cache_salt: bytes = b""
     num_scored: int = 0
     grammar: str = ""
+    images: list[PromptImage] = []
+
+
+class Pixels(Message, frozen=True, tag="pixels"):
+    """Part of an image's pixels, ahead of the Submit that names its digest: bytes from `start` on, of `size`."""
+
+    digest: bytes
+    size: int
+    start: int
+    data: bytes
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -448,7 +461,7 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     """Leave the loop now."""
 
 
-CoreCommand = Vocabulary | Submit | Abort | Shutdown
+CoreCommand = Vocabulary | Pixels | Submit | Abort | Shutdown
 
 # --- core -> front end -------------------------------------------------------------------------------------
 

@@ -48,10 +48,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.expert_statistics": (),
     "engine.conversation": (),
     "engine.core_stats": ("engine.expert_statistics",),
-    "engine.questions": ("engine.conversation", "engine.core_stats"),
+    "engine.prompt_image": (),
+    "engine.questions": ("engine.conversation", "engine.core_stats", "engine.prompt_image"),
     "engine.messages": (
         *("scheduler.params", "scheduler.plan"),
         *("engine.conversation", "engine.core_stats", "engine.expert_statistics", "engine.questions"),
+        "engine.prompt_image",
     ),
     "engine.signs": ("engine.server_process",),
     "engine.server_process": (),
