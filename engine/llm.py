@@ -32,6 +32,7 @@ from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
+from cierzo.engine.frontend.image_parts import images_of
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.validate import SEED_BITS
@@ -225,7 +226,7 @@ class LLM(OneProcess):
         special_ids = self._prompts.special_ids
         prompts, info = self._prompts, self._info
         validate.fields(message, self._config.frontend, info, special_ids, efforts=prompts.efforts)
-        prompt = prompts.encode(message)
+        prompt = prompts.encode(message, images=images_of(message, self._config.frontend, info))
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
         submit = validate.request(
@@ -236,6 +237,7 @@ class LLM(OneProcess):
             info,
             special_ids,
             image_token_ids=prompts.image_token_ids,
+            images=prompt.images,
         )
         submit = prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
         if grammar := self._grammars.of(message, in_thinking=prompt.in_thinking):

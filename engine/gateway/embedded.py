@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 FEATURES = frozenset(
     (
-        *(ACCEPTANCE, "accounting", "credit", "grammars", "masks", "parts", "probes"),
+        *(ACCEPTANCE, "accounting", "credit", "grammars", "images", "masks", "parts", "probes"),
         *("prompt_logprobs", "tokenize", "trace"),
     )
 )
