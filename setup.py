@@ -37,6 +37,7 @@ CUDA = ["triton>=3.6", "cupy-cuda13x>=13.6"]  # what compiles and launches the k
 TEST = [
     "setuptools>=77",
     "pytest>=8",
+    "opencv-python-headless>=4.10",  # whose resizing is held to
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",

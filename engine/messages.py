@@ -16,6 +16,7 @@ from cierzo.engine.conversation import (
     Content,
     Grammar,
     GrammarKind,
+    ImageChunk,
     Message,
     Part,
     PartKind,
@@ -49,7 +50,7 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("grammars", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
+    *("grammars", "images", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
 )
 # The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
 ACCEPTANCE = "acceptance"
@@ -72,6 +73,7 @@ __all__ = [
     "Grammar",
     "GrammarKind",
     "Health",
+    "ImageChunk",
     "Message",
     "ModelInfo",
     "Part",
@@ -107,13 +109,17 @@ class Hello(Message, frozen=True, tag="hello"):
     key: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Attach(Message, frozen=True, tag="attach"):
+class Attach(Message, frozen=True, tag="attach", omit_defaults=True):
     """Part of a prompt that is too long for one frame (feature "attach"): bytes that are appended to what was
     attached to `stream` before. The `generate` that follows says by `attached` which field they stand for.
+
+    `image` (feature "images"): its number; the bytes are of this image's file, and not of the prompt. Images come
+    one after the other, from 0, and the `generate` has no `images` of its own.
     """
 
     stream: int
     data: bytes
+    image: int | None = None
 
 
 class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
@@ -132,6 +138,9 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
 
     Of the feature "grammars": `grammar`, which the text of the answer holds; `tool_choice` "required", or the name
     of one of `tools`: the answer is calls, or a call of that one; `Tool.strict`.
+
+    Of the feature "images": `images`, the files of those parts of `messages` that are an image without a `url`, in
+    order; with `token_ids`, those of the images whose tokens stand there.
 
     Of the feature "trace": `caller_id`, the caller's own name of the request, and `traceparent`, the W3C trace
     context that it is part of; the server's logs and records repeat both.
@@ -154,6 +163,7 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     parallel_tool_calls: bool = True
     suffix: str | None = None
     grammar: Grammar | None = None
+    images: list[bytes] = []
     caller_id: str = ""
     traceparent: str = ""
 
@@ -237,7 +247,8 @@ ClientMessage = (
 class Limits(Message, frozen=True, omit_defaults=True):
     """Limits that the front end enforces on this connection. Those with a default are told to clients that have the
     feature that they belong to: attached bytes of a stream; delta cost in bytes that a stream may have outstanding;
-    seconds of silence after which a ping comes, and the connection ends if nothing answers it as long again.
+    seconds of silence after which a ping comes, and the connection ends if nothing answers it as long again; images
+    of a request, of each the bytes of its file and the pixels that it decodes to, and the tokens of all.
     """
 
     max_frame_bytes: int
@@ -247,6 +258,10 @@ class Limits(Message, frozen=True, omit_defaults=True):
     max_attached_bytes: int = 0
     stream_credit_bytes: int = 0
     keepalive_s: float = 0.0
+    max_images: int = 0
+    max_image_bytes: int = 0
+    max_image_pixels: int = 0
+    max_image_tokens: int = 0
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
