@@ -215,8 +215,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
-        if getattr(self.model, "vision", None) is not None:
-            rows.append(("images", f"{self.scheduler.image_cache_tokens:,} tokens of embeddings are kept"))
         if self.flight_folder:
             what = "with token ids" if self.record_prompts else "ids and lengths"
             rows.append(("flight record", f"{self.flight_folder} ({what})"))
