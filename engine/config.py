@@ -134,9 +134,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     priority_aging_s: Annotated[
         Amount, Meta(description="seconds of waiting that one level of priority is worth")
     ] = 30.0
-    image_cache_tokens: Annotated[
-        Count, Meta(description="embeddings of images that are kept for the next request, in image tokens")
-    ] = 16_384
+    image_cache_tokens: Annotated[Count, Meta(description="embeddings of images kept, in image tokens")] = 16_384
     expert_statistics: Annotated[
         bool, Meta(description="count which experts the tokens choose; costs about 0.05 ms of a step")
     ] = False
