@@ -137,9 +137,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     priority_aging_s: Annotated[
         Amount, Meta(description="seconds of waiting that one level of priority is worth")
     ] = 30.0
-    image_cache_tokens: Annotated[
-        Count, Meta(description="embeddings of images that are kept for the next request, in image tokens")
-    ] = 16_384
+    image_cache_tokens: Annotated[Count, Meta(description="embeddings of images kept, in image tokens")] = 16_384
     expert_statistics: Annotated[
         bool, Meta(description="count which experts the tokens choose; costs about 0.05 ms of a step")
     ] = False
@@ -219,8 +217,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
-        if getattr(self.model, "vision", None) is not None:
-            rows.append(("images", f"{self.scheduler.image_cache_tokens:,} tokens of embeddings are kept"))
         if self.flight_folder:
             what = "with token ids" if self.record_prompts else "ids and lengths"
             rows.append(("flight record", f"{self.flight_folder} ({what})"))

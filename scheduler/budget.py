@@ -139,7 +139,7 @@ class StepBudget:
         """Tokens that a chunk of `count` has with one more image, which is appended to `made`; or before it, when
         some of it may be `begun`."""
         cost, embeddings = self._cost, image.image.num_embeddings
-        if not self._book.has_room(sum(one.image.num_embeddings for one in made), embeddings):
+        if not self._book.has_room(made, image):
             return image.first
         if cost is not None and seconds < math.inf:
             is_first, in_stages = not (self._has_work or image.first), self._num_decodes > 0 and image.stages > 1

@@ -106,7 +106,6 @@ class EmbeddingBook:
         self._left: dict[bytes, int] = {}  # of those that are begun, stages that are left
         self._begun: list[tuple[Image, int]] = []  # in this step: images, stages
         self._has_changed = True
-        self.num_towers = self.num_hits = 0  # images of chunks that were made, and that were there
 
     def begin_step(self) -> None:
         """Plan the next step: what the one before used may go."""
@@ -125,14 +124,18 @@ class EmbeddingBook:
                 found.append(Lacking(image, first, left, left / self._num_stages))
         return found
 
-    def has_room(self, made: int, more: int) -> bool:
-        """Whether, with `made` embeddings that a chunk needs already, so many more may be made in this step."""
-        used = made + sum(self._kept[key] for key in self._step | self._pins.keys())
-        return used == 0 or used + more <= self._max_tokens
+    def has_room(self, made: Sequence[Lacking], more: Lacking) -> bool:
+        """Whether, beside what the chunk has made already, one more image may be made in this step."""
+        sizes = {key: self._kept[key] for key in self._step | self._pins.keys()}
+        sizes |= {one.image.key: one.image.num_embeddings for one in made}
+        sizes.pop(more.image.key, None)
+        return not sizes or sum(sizes.values()) + more.image.num_embeddings <= self._max_tokens
 
     def take(self, request: Request, start: int, count: int, begun: tuple[Image, int] | None = None) -> int:
         """Plan a chunk of a sequence: its images are used, and made if they are not there. begun: the image behind
         it, and stages of it that the step takes. How many embeddings are made that its tenant has not paid for."""
+        if not count and begun is None:
+            return 0
         end = start + count
         images = within(request.new.images, start, end)
         made = sum(self._use(image, request) for image in images)
@@ -175,10 +178,7 @@ class EmbeddingBook:
     def _use(self, image: Image, request: Request) -> int:
         """Keep an image for the step that is planned; embeddings that its tenant pays for."""
         key, made = image.key, 0
-        if key in self._kept:
-            self.num_hits += 1
-        else:
-            self.num_towers += 1
+        if key not in self._kept:
             self._kept[key], self._has_changed = image.num_embeddings, True
             if image.end > request.paid_images_end:
                 request.paid_images_end, made = image.end, image.num_embeddings

@@ -105,6 +105,8 @@ class Tenants:
     def charge(self, request: Request, start: int, count: int, num_embeddings: int = 0) -> None:
         """Charge a chunk to its tenant, but for what had been computed or charged before; and embeddings of images
         that are made for it."""
+        if not count and not num_embeddings:
+            return
         tenant = request.tenant
         num_given = request.num_prompt_tokens + len(request.new.output_token_ids)
         tokens, request.num_charged = policy.first_computed(start, count, request.num_charged, num_given)

@@ -6,6 +6,7 @@ The runner is the fake one, whose tokens depend on the digest of the image at ea
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,9 +200,11 @@ def test_an_image_in_use_is_not_forgotten_for_another() -> None:
     assert max(map(len, inside)) == 1
 
 
-def test_a_tower_that_takes_long_works_beside_those_who_decode() -> None:
-    """In stages of steps that nobody's rows of the image are in; each picture still once."""
-    ours = timed_machine()
+@pytest.mark.parametrize(("room", "times"), [(1, 2), (40, 1)])
+def test_a_tower_that_takes_long_works_beside_those_who_decode(room: int, times: int) -> None:
+    """In stages of steps that nobody's rows of the image are in; each picture still once, or, where one has room,
+    once for each request."""
+    ours = timed_machine(image_cache_tokens=room)
     ours.core.submit(submit(0, [1, 2, 3], max_tokens=60))
     ours.step()
     for number in (1, 2):
@@ -210,7 +213,11 @@ def test_a_tower_that_takes_long_works_beside_those_who_decode() -> None:
     begun = [[stages for _, stages in plan.begun] for plan in ours.plans]
     assert sum(map(len, begun)) > 3
     assert max(map(len, begun)) == 1
-    assert len(ours.runner.towers) == 2
+    assert len(ours.runner.towers) == 2 * times
+    done = Counter[bytes]()
+    for plan in ours.plans:
+        done.update({image.key: stages for image, stages in plan.begun})
+    assert max(done.values()) <= 3 * times, "a tower began anew"
     made = [plan for plan in ours.plans if plan.work is not None and plan.work.embeddings]
     assert max(plan.work.embeddings for plan in made) <= 4, "a third of the larger image"
     assert all((0, 0) in {seq.key for seq in plan.seqs} for plan in made)
