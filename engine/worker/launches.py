@@ -84,8 +84,8 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
 
 
 def _of_images(model: ModelConfig, dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of the vision tower, if there is one: of images of as many tokens as tell all that numbers decide. Its
-    weights are plain, and its layers alike."""
+    """Launches of the vision tower, if there is one: of images of as many tokens as tell all that numbers decide.
+    Its weights are plain, and its layers alike."""
     if model.vision is None:
         return
     one_layer = msgspec.structs.replace(model.vision, num_layers=1)
