@@ -63,8 +63,8 @@ def test_attention_in_every_instruction_set(
 
 def test_rows_of_queries_keys_and_values_are_each_their_own_way_apart(instruction_set: str) -> None:
     apart = [
-        torch.cat((x, torch.full((70, more, 16), math.nan)), dim=1)[:, :2]
-        for more, x in enumerate(patches(70, 2, 16, torch.float32), start=1)
+        torch.cat((x, torch.full((300, more, 16), math.nan)), dim=1)[:, :2]
+        for more, x in enumerate(patches(300, 2, 16, torch.float32), start=1)
     ]
     assert len({x.stride(0) for x in apart}) == 3
     found = vision.image_attention(*apart, 0.3)
