@@ -213,7 +213,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 if self.scheduler.max_step_s
                 else "no target (--max-step-ms): chunks are cut by tokens alone",
             ),
-            ("images", "none" if tower is None else f"of up to {tower.max_side_px:,} px a side"),
+            ("vision tower", "none" if tower is None else f"images of up to {tower.max_side_px:,} px a side"),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]

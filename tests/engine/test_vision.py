@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import Sequence, make_queries
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vision_oracle import (
     BREAK,
@@ -22,6 +23,7 @@ from vision_oracle import (
 )
 
 from cierzo.cache.pool import KVPool
+from cierzo.engine.errors import CheckpointError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.read_config import read_model_config
@@ -159,6 +161,16 @@ def test_text_only_has_no_tower(folders: dict[tuple[str, str], Path], caplog: py
         assert load(folder, text_only=True).tower is None
         (told,) = (record.getMessage() for record in caplog.records)
         assert told.startswith(f"{folder}: images are not served: 33 tensors, ")
+
+
+@pytest.mark.parametrize("more", ["vision_tower.ln_post.weight", "multi_modal_projector.linear_1.bias"])
+def test_what_has_no_place_in_the_tower_is_refused(tmp_path: Path, more: str) -> None:
+    folder = write_folder(tmp_path, "mistral")
+    weights = load_file(folder / "model.safetensors") | {more: torch.zeros(48)}
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"tensor {more} has no place in this model"):
+        load(folder)
+    assert load(folder, text_only=True).tower is None
 
 
 def test_ids_and_sizes_are_told(folders: dict[tuple[str, str], Path]) -> None:

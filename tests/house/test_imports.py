@@ -142,6 +142,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.profile": (*CLIENT, *WORKER),
     "bench.grammars": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
+    "bench.vision": (*CLIENT, *WORKER, "engine.fields"),
     "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),

@@ -61,6 +61,16 @@ def test_attention_in_every_instruction_set(
     torch.testing.assert_close(found[0].double(), attended(*given, 0.3), **tolerance)
 
 
+def test_rows_of_queries_keys_and_values_are_each_their_own_way_apart(instruction_set: str) -> None:
+    apart = [
+        torch.cat((x, torch.full((300, more, 16), math.nan)), dim=1)[:, :2]
+        for more, x in enumerate(patches(300, 2, 16, torch.float32), start=1)
+    ]
+    assert len({x.stride(0) for x in apart}) == 3
+    found = vision.image_attention(*apart, 0.3)
+    torch.testing.assert_close(found.double(), attended(*apart, 0.3), rtol=2e-6, atol=2e-6)
+
+
 def test_a_patch_has_the_same_bits_wherever_it_stands(instruction_set: str) -> None:
     """Its own query, beside the same keys: the rows of queries around it do not matter."""
     q, keys, values = patches(200, 2, 64, torch.bfloat16)
