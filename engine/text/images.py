@@ -227,7 +227,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     """The image in three channels of 8 bits."""
     if image.mode in _DEEP:
-        deep = np.asarray(image).astype(np.int64)
+        deep = np.asarray(image)
         alpha = deep != image.info["transparency"] if "transparency" in image.info else None
         grey = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
         if alpha is None:
@@ -235,7 +235,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey.putalpha(Image.fromarray(alpha.astype(np.uint8) * np.uint8(255)))
         image = grey
     if image.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in image.info:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "WHITE")
     white.paste(image, (0, 0), image)
