@@ -99,8 +99,8 @@ def resized(image: NDArray[np.uint8] | NDArray[np.float32], width: int, height: 
 
 
 def _taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Of each of `new` places on a line the four of `old` pixels around it, and their weights: [new, 4] each.
-    Beyond an end the last pixel is repeated."""
+    """Neighbours on a line of `old` pixels, and their weights, of each of `new` places: [new, 4] of both. Beyond an
+    end the last pixel is repeated."""
     at = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
     first = np.floor(at)
     x = (at - first).astype(np.float32)
