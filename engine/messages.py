@@ -244,7 +244,7 @@ ClientMessage = (
 class Limits(Message, frozen=True, omit_defaults=True):
     """Limits that the front end enforces on this connection. Those with a default are told to clients that have the
     feature that they belong to: attached bytes of a stream; delta cost in bytes that a stream may have outstanding;
-    seconds of silence until a ping comes, and as many until the end; images, bytes and pixels of one, tokens of all.
+    seconds of silence until a ping comes, and as many until the end; images, bytes, pixels of one, tokens of all.
     """
 
     max_frame_bytes: int
