@@ -111,10 +111,8 @@ class Hello(Message, frozen=True, tag="hello"):
 
 class Attach(Message, frozen=True, tag="attach", omit_defaults=True):
     """Part of a prompt that is too long for one frame (feature "attach"): bytes that are appended to what was
-    attached to `stream` before. The `generate` that follows says by `attached` which field they stand for.
-
-    `image` (feature "images"): its number; the bytes are of this image's file, and not of the prompt. Images come
-    one after the other, from 0, and the `generate` has no `images` of its own.
+    attached to `stream` before. The `generate` that follows says by `attached` which field they stand for. `image`
+    (feature "images"): they are of the file of this number, from 0, and not of the prompt.
     """
 
     stream: int
@@ -139,8 +137,7 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     Of the feature "grammars": `grammar`, which the text of the answer holds; `tool_choice` "required", or the name
     of one of `tools`: the answer is calls, or a call of that one; `Tool.strict`.
 
-    Of the feature "images": `images`, the files of those parts of `messages` that are an image without a `url`, in
-    order; with `token_ids`, those of the images whose tokens stand there.
+    Of the feature "images": `images`, files for the image parts of `messages` without a `url`, or for `token_ids`.
 
     Of the feature "trace": `caller_id`, the caller's own name of the request, and `traceparent`, the W3C trace
     context that it is part of; the server's logs and records repeat both.
@@ -247,8 +244,7 @@ ClientMessage = (
 class Limits(Message, frozen=True, omit_defaults=True):
     """Limits that the front end enforces on this connection. Those with a default are told to clients that have the
     feature that they belong to: attached bytes of a stream; delta cost in bytes that a stream may have outstanding;
-    seconds of silence after which a ping comes, and the connection ends if nothing answers it as long again; images
-    of a request, of each the bytes of its file and the pixels that it decodes to, and the tokens of all.
+    seconds of silence until a ping comes, and as many until the end; images, bytes, pixels of one, tokens of all.
     """
 
     max_frame_bytes: int

@@ -32,7 +32,7 @@ from cierzo.engine.frontend.child import (
     wait_for_news,
 )
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import COMPILE, Answer, Compiled, Encoded, Job, Loaded, Setup, joined
+from cierzo.engine.frontend.encoding import COMPILE, Answer, Arriving, Compiled, Encoded, Job, Loaded, Setup
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.job_queue import JobQueue
@@ -141,8 +141,7 @@ class _Pipe(asyncio.Protocol):
         self._on_lost = on_lost
         self._splitter = FrameSplitter(MAX_CHILD_FRAME_BYTES)
         self._answer: asyncio.Future[Outcome] | None = None
-        self._encoded: Encoded | None = None  # its ids and pixels come next
-        self._rest: list[bytes] = []
+        self._arriving: Arriving | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -150,15 +149,14 @@ class _Pipe(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for body in self._splitter.feed(data):
-            if self._encoded is not None:
-                self._rest.append(bytes(body))
-                if len(self._rest) > len(self._encoded.submit.images):
-                    self._say(joined(self._encoded, self._rest))
-                    self._encoded, self._rest = None, []
+            if self._arriving is not None:
+                if (whole := self._arriving.take(body)) is not None:
+                    self._arriving = None
+                    self._say(whole)
                 continue
             match _decode(body):
                 case Encoded() as encoded:
-                    self._encoded = encoded
+                    self._arriving = Arriving(encoded)
                 case Tokenized() | Detokenized() | Compiled() as answer:
                     self._say(answer)
                 case Failure() as refused if self.loaded.done():

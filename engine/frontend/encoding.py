@@ -1,14 +1,14 @@
 """The work of an encoder process: a request is decoded, checked, rendered and encoded; and the words for it.
 
 The front end sends a `Job`, the bytes of the `generate` message and, if prompt or images were attached, those; the
-answer is a `Failure`, or an `Encoded`, the prompt's token ids, and of each image its pixels. Each is a frame, the
-ids as one MessagePack list: they go on to the core as they are, and the front end never looks at them.
+answer is a `Failure`, or an `Encoded`, the prompt's token ids, and of each image its pixels, in pieces. Each is a
+frame, the ids as one MessagePack list: they go on to the core as they are, and the front end never looks at them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ _decode_attached = {
     "token_ids": msgspec.msgpack.Decoder(list[int]).decode,
 }
 _encode = msgspec.msgpack.Encoder().encode
+PIECE_BYTES = 128 * 1024  # of pixels, in a frame
 COMPILE = "compile"  # a job's method
 
 
@@ -78,7 +79,7 @@ class Encoded(Message, frozen=True, tag="encoded"):
     the output tokens; where the answer comes in parts, instead `states` of their reader, after each STATE_TOKENS of
     them and after all.
     content: `digest` of the whole message, if it has an idempotency key. grammar_field: the field that the grammar
-    of `submit` is from.
+    of `submit` is from. pixel_bytes: of each image, those that come behind the ids.
     """
 
     message: Generate
@@ -90,6 +91,7 @@ class Encoded(Message, frozen=True, tag="encoded"):
     in_thinking: bool = False
     calls: CallLimit = "many"
     grammar_field: str = ""
+    pixel_bytes: list[int] = msgspec.field(default_factory=list)
 
 
 Answer = Loaded | Compiled | Encoded | Worded | Failure
@@ -117,7 +119,7 @@ class RequestEncoder:
             if job.method != "generate":
                 return [_encode(self.word(job, body))]
             encoded, token_ids, pixels = self.encode_job(job, body, attached, images)
-            return [_encode(encoded), token_ids, *pixels]
+            return [_encode(encoded), token_ids, *(piece for each in pixels for piece in _pieces(each))]
         except CierzoError as error:
             return [_encode(failure(job.stream, error))]
         except Exception as error:
@@ -205,7 +207,9 @@ class RequestEncoder:
         shapes = [msgspec.structs.replace(image, pixels=b"") for image in found]
         submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=[], images=shapes)
         return (
-            msgspec.structs.replace(encoded, message=bare, submit=submit),
+            msgspec.structs.replace(
+                encoded, message=bare, submit=submit, pixel_bytes=[len(image.pixels) for image in found]
+            ),
             _encode(encoded.submit.prompt_token_ids),
             [image.pixels for image in found],
         )
@@ -273,12 +277,39 @@ def digest(message: Generate) -> bytes:
     return hashlib.blake2b(_encode(content), digest_size=16).digest()
 
 
-def joined(encoded: Encoded, rest: Sequence[bytes]) -> Encoded:
+def joined(encoded: Encoded, token_ids: bytes, pixels: Sequence[bytes | bytearray]) -> Encoded:
     """A request with what came behind it: its prompt's ids, and the pixels of each image."""
-    submit, pixels = encoded.submit, rest[1:]
-    images = [msgspec.structs.replace(image, pixels=own) for image, own in zip(submit.images, pixels, strict=True)]
-    submit = msgspec.structs.replace(submit, prompt_token_ids=packed(rest[0]), images=images)
+    images = [
+        msgspec.structs.replace(image, pixels=cast("bytes", own))
+        for image, own in zip(encoded.submit.images, pixels, strict=True)
+    ]
+    submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=packed(token_ids), images=images)
     return msgspec.structs.replace(encoded, submit=submit)
+
+
+class Arriving:
+    """An answer of which more frames come."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self._encoded = encoded
+        self._token_ids: bytes | None = None
+        self._pixels = [bytearray() for _ in encoded.pixel_bytes]
+        self._number = 0  # of the image that comes
+
+    def take(self, frame: memoryview) -> Encoded | None:
+        """Take the next frame; the whole answer, if it was the last. Pixels are megabytes, and grow in place."""
+        sizes = self._encoded.pixel_bytes
+        if self._token_ids is None:
+            self._token_ids = bytes(frame)
+        else:
+            self._pixels[self._number] += frame
+            self._number += len(self._pixels[self._number]) == sizes[self._number]
+        return joined(self._encoded, self._token_ids, self._pixels) if self._number == len(sizes) else None
+
+
+def _pieces(pixels: bytes) -> Iterator[bytes]:
+    """Pixels in frames that no loop is held up by."""
+    return (pixels[start : start + PIECE_BYTES] for start in range(0, len(pixels), PIECE_BYTES))
 
 
 def packed(token_ids: bytes) -> list[int]:

@@ -89,7 +89,7 @@ def request_frames(message: Generate, welcome: Welcome) -> bytearray:
 
 
 def _parts(stream: int, attached: list[tuple[int | None, bytes]], step: int) -> Iterator[Attach]:
-    """What is attached, each in pieces of at most `step` bytes: images by their number, a prompt without one."""
+    """Messages that attach these, in pieces of at most `step` bytes: images by their number, a prompt without."""
     for image, data in attached:
         for at in range(0, max(len(data), 1), step):
             yield Attach(stream=stream, data=data[at : at + step], image=image)

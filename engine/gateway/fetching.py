@@ -148,7 +148,7 @@ class Fetching:
 
 
 class _Answer:
-    """What httptools finds in an answer."""
+    """An answer, as far as httptools has found it."""
 
     def __init__(self) -> None:
         self.body = bytearray()

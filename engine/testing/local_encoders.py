@@ -85,7 +85,7 @@ class LocalEncoders:
         except CierzoError as error:
             future.set_exception(error)
             return
-        future.set_result(joined(encoded, [token_ids, *pixels]))
+        future.set_result(joined(encoded, token_ids, pixels))
 
 
 def local_encoders(

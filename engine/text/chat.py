@@ -203,7 +203,8 @@ class _Words:
         self.text, self.thought, self.is_open = "", turn.reasoning, False
         self.parts: list[str | None] = []  # texts, and None for an image; nothing where there is none
         if any(isinstance(chunk, ImageChunk) for chunk in chunks):
-            self.parts = _parts_of(chunks)
+            shown = [chunk for chunk in chunks if not isinstance(chunk, ThinkingChunk)]
+            self.parts = [chunk.text if isinstance(chunk, TextChunk) else None for chunk in shown]
         for chunk in chunks:
             if isinstance(chunk, ImageChunk):
                 continue
@@ -218,17 +219,6 @@ class _Words:
             else:
                 self.thought += chunk.thinking
                 self.is_open = not chunk.closed
-
-
-def _parts_of(chunks: Sequence[TextChunk | ThinkingChunk | ImageChunk]) -> list[str | None]:
-    """Texts, and None for an image. Texts beside each other are one: together they may spell a control token."""
-    parts: list[str | None] = []
-    for chunk in chunks:
-        if isinstance(chunk, TextChunk) and parts and parts[-1] is not None:
-            parts[-1] += chunk.text
-        elif not isinstance(chunk, ThinkingChunk):
-            parts.append(chunk.text if isinstance(chunk, TextChunk) else None)
-    return parts
 
 
 class _Turns:

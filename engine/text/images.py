@@ -99,8 +99,8 @@ def resized(image: NDArray[np.uint8] | NDArray[np.float32], width: int, height: 
 
 
 def _taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Of each of `new` places on a line the four of `old` pixels around it, and their weights: [new, 4] each.
-    Beyond an end the last pixel is repeated."""
+    """Neighbours on a line of `old` pixels, and their weights, of each of `new` places: [new, 4] of both. Beyond an
+    end the last pixel is repeated."""
     at = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
     first = np.floor(at)
     x = (at - first).astype(np.float32)
@@ -227,7 +227,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     """The image in three channels of 8 bits."""
     if image.mode in _DEEP:
-        deep = np.asarray(image).astype(np.int64)
+        deep = np.asarray(image)
         alpha = deep != image.info["transparency"] if "transparency" in image.info else None
         grey = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
         if alpha is None:
@@ -235,7 +235,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey.putalpha(Image.fromarray(alpha.astype(np.uint8) * np.uint8(255)))
         image = grey
     if image.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in image.info:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "WHITE")
     white.paste(image, (0, 0), image)

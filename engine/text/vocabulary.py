@@ -119,7 +119,7 @@ def open_text(content: Content) -> str:
 
 
 def words_of(chunk: TextChunk | ThinkingChunk | ImageChunk) -> str:
-    """What a part of a content says; an image says nothing."""
+    """Words of a part of a content; an image says nothing."""
     match chunk:
         case TextChunk():
             return chunk.text

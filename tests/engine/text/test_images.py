@@ -5,6 +5,7 @@ import io
 import random
 import tracemalloc
 from hashlib import blake2b
+from typing import get_type_hints
 
 import image_files
 import numpy as np
@@ -13,6 +14,7 @@ from image_files import BREAK, END, IMG, VISION, animated, bomb, file_of, noise,
 from PIL import Image, ImageOps
 
 from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.text import images
 from cierzo.engine.text.image_tokens import MEAN, STD, Grid, grid_of, tokens_of
 from cierzo.engine.text.images import FORMATS, ImageLimits, prepare, resized
@@ -96,6 +98,18 @@ def test_the_format_is_told_by_the_content(kind):
 
 def test_of_a_gif_the_first_frame_is_taken():
     assert np.abs(rgb(animated("GIF")) - [255, 0, 0]).max() < 2
+
+
+def test_of_a_camera_s_jpeg_with_several_pictures_the_first_is_taken():
+    first, other = Image.new("RGB", (28, 28), "red"), Image.new("RGB", (28, 28), "blue")
+    file = file_of(first, "MPO", save_all=True, append_images=[other])
+    assert np.abs(rgb(file) - [255, 0, 0]).max() < 3
+
+
+def test_pillow_would_take_what_the_largest_limit_lets_pass():
+    setting = get_type_hints(FrontendConfig, include_extras=True)["max_image_pixels"]
+    (bound,) = (meta.le for meta in setting.__metadata__)
+    assert bound < 2 * Image.MAX_IMAGE_PIXELS
 
 
 COLOURS = [
