@@ -51,9 +51,11 @@ MOST_STEPS = 20_000
 class WeakHasher(BlockHasher):
     """A few bits of a real digest: collisions everywhere."""
 
-    def digest(self, parent: bytes, packed: bytes, num_prompt_tokens: int, salt: bytes) -> bytes:
+    def digest(
+        self, parent: bytes, packed: bytes, num_prompt_tokens: int, salt: bytes, images: bytes = b""
+    ) -> bytes:
         """The digest with all but its last two bits cleared."""
-        whole = super().digest(parent, packed, num_prompt_tokens, salt)
+        whole = super().digest(parent, packed, num_prompt_tokens, salt, images)
         return bytes(15) + bytes([whole[15] & 3])
 
 

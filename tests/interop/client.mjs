@@ -9,7 +9,7 @@
 import net from "node:net";
 import { decode, encode } from "./msgpack.mjs";
 
-export const FEATURES = ["accounting", "attach", "batches", "credit", "grammars", "keepalive", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"];
+export const FEATURES = ["accounting", "attach", "batches", "credit", "grammars", "images", "keepalive", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"];
 
 export class RpcError extends Error {
   constructor({ code, message, field = null, limit = null, value = null, retry = false, retry_after_s = null }) {

@@ -130,7 +130,7 @@ class HeldEncoder:
         self.waiting = []
         self._late_s = late_s
 
-    def submit(self, job, body, attached, deadline_at_s, tenant=""):
+    def submit(self, job, body, attached, deadline_at_s, tenant="", images=()):
         answer = asyncio.get_running_loop().create_future()
         self.waiting.append(answer)
         if self._late_s is not None:
