@@ -107,7 +107,7 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 3
     blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    # By the number of a device, what launches the kernel that was compiled and loaded there (_prepared).
+    # By the number of a device, what launches the kernel that was compiled and loaded there (`prepared`).
     ready: dict[int, Prepared] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -183,8 +183,8 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
     if 0 in grid:
         return
     if configuration.ready and _dry is None:
-        prepared = configuration.ready.get(_current_device())
-        if prepared is not None and prepared(grid, arguments):
+        straight = configuration.ready.get(_current_device())
+        if straight is not None and straight(grid, arguments):
             return
     device: torch.device | None = None
     for name, kind in configuration.types.items():
@@ -216,10 +216,10 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
             raise
         raise _fault(error, configuration.name, grid, arguments) from error
     if compiled is not None:  # the interpreter compiles nothing
-        configuration.ready[_current_device()] = _prepared(configuration, compiled, device)
+        configuration.ready[_current_device()] = prepared(configuration, compiled, device)
 
 
-def _prepared(configuration: Configuration, compiled: Any, home: torch.device | None) -> Prepared:
+def prepared(configuration: Configuration, compiled: Any, home: torch.device | None) -> Prepared:
     """A function that launches a compiled kernel with a grid and arguments, and returns whether they are right, and
     on the device `home`; if not, nothing was launched, and `launch` tells why, or has Triton do it. It goes past
     JITFunction.run, which finds the kernel anew each time, and so past Triton's hooks for profilers of launches."""
@@ -233,7 +233,7 @@ def _prepared(configuration: Configuration, compiled: Any, home: torch.device | 
     current_stream, index = triton.runtime.driver.active.get_current_stream, _current_device()
     noted, operation, count = kernel.__name__, configuration.name, len(types)
 
-    def prepared(grid: tuple[int, ...], arguments: Mapping[str, Any]) -> bool:
+    def straight(grid: tuple[int, ...], arguments: Mapping[str, Any]) -> bool:
         if len(arguments) != count:
             return False
         values = template.copy()
@@ -259,7 +259,7 @@ def _prepared(configuration: Configuration, compiled: Any, home: torch.device | 
             raise _fault(error, operation, grid, arguments) from error
         return True
 
-    return prepared
+    return straight
 
 
 def _current_device() -> int:
