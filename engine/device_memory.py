@@ -22,6 +22,8 @@ from cierzo.kernels.formats.number_formats import formats_on
 GIB = 1 << 30
 USABLE_SHARE = 0.95  # of the free memory: the allocator's rounding, and CUDA's own needs
 LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet what CUDA and CuPy take beside them
+# Of kernels/cuda/launch/sampling.py: tokens of the smallest piece of a long row, and bytes of a row and of a piece.
+DRAWN_PIECE, DRAWN_ROW_BYTES, DRAWN_PIECE_BYTES = 1024, 8 * 5218, 8 * 3
 # Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
 ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
 PARTIAL_BYTES = 256 << 20
@@ -103,8 +105,15 @@ def launched_bytes(model: ModelConfig, rows: int) -> int:
 
 def sampled_bytes(model: ModelConfig, rows: int) -> int:
     """Bytes that sampling holds: fp32 logits, those of the rows that are chosen for at a time where others wait for
-    their grammars, those of the rows that are drawn, and log-probabilities."""
-    return 4 * 4 * rows * model.vocab_size
+    their grammars, those of the rows that are drawn, and log-probabilities; and what draws leave between their
+    launches."""
+    return 4 * 4 * rows * model.vocab_size + drawn_bytes(rows, model.vocab_size)
+
+
+def drawn_bytes(rows: int, vocab_size: int) -> int:
+    """Bytes that a draw leaves between its launches: bins and a list of each row, numbers of each of its pieces;
+    and the tokens."""
+    return rows * (DRAWN_ROW_BYTES + -(-vocab_size // DRAWN_PIECE) * DRAWN_PIECE_BYTES + 8)
 
 
 def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int) -> int:

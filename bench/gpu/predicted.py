@@ -33,6 +33,7 @@ from cierzo.engine.cost.roofs import Code, Counts
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import options, program
+from cierzo.kernels.cuda.launch.sampling import draw_words
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
@@ -68,7 +69,8 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
 Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
-DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
+DRAWN = "sample_draw_"  # launches of a draw; these read all logits:
+DRAW_PASSES = ("highest", "bins", "collect", "pieces")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +173,12 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
         num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
     ),
     "count_by_expert": lambda call, _: Part(num_bytes=call.size.rows * call.model.top_k * 8),
-    "sample_draw": lambda call, seen: Part(
-        DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
-        num_bytes=DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
+    **dict.fromkeys(
+        (f"{DRAWN}{name}" for name in DRAW_PASSES),
+        lambda call, _: Part(num_bytes=call.size.sequences * call.model.vocab * 4),
     ),
+    f"{DRAWN}cut": lambda call, _: Part(num_bytes=call.size.sequences * draw_words(1) * 8),
+    f"{DRAWN}choose": lambda call, _: Part(num_bytes=call.size.sequences * 8),
 }
 
 
@@ -234,8 +238,8 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     code = functions(nvrtc.disassembled(cubin))[name]
     found, usage = loops(code), nvrtc.usage(cubin)[name]
     routes = name.startswith("route_logits")
-    # Most of sample_draw's loop, which calls divisions, is passed over: what few tokens come to.
-    loop = None if name == "sample_draw" else main_loop(code)
+    drawn = name.startswith(DRAWN)  # loops over bins, and searches: each counts once, though most run but in part
+    loop = None if drawn else main_loop(code)
     if routes and warps > 4:  # the loop of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
     if loop is None:
@@ -244,7 +248,8 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     runs = 1 - loop.skipped / 2 / max(loop.issued, 1)
     turn = counts({name: number * runs for name, number in loop.classes().items()}, {})
     straight = Counter(whole(code).instructions)
-    straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
+    if not drawn:
+        straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
     made = Code(
         warps=warps,
         registers=usage.registers,

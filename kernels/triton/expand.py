@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64
 
@@ -52,6 +52,7 @@ def expand(latents: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+@kept
 def expand_configuration(pointer: str, rank: int, columns: int, stride: int) -> Configuration:
     """columns: N. stride: of the latents' rows, in values."""
     types = dict.fromkeys(("latents_ptr", "weight_ptr", "out_ptr"), pointer) | {"num_rows": "i32"}

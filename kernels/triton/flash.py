@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
 from cierzo.kernels.triton.softmax import masked, sink_of, softmax_step
 
@@ -338,6 +338,7 @@ class Flash:
         )
 
 
+@kept
 def gather_configuration(
     pointer: str, pages: str, heads: int, width: int, num_values: int, keys: bool, block_tokens: int
 ) -> Configuration:
@@ -361,6 +362,7 @@ def gather_configuration(
     return Configuration(_gather, types, constants)
 
 
+@kept
 def flash_configuration(
     pointer: str,
     heads: tuple[int, int],

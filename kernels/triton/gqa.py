@@ -14,7 +14,7 @@ from torch import Tensor
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention, tile_width
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
 from cierzo.kernels.triton.split import Shape, load_item, round_items, store_partial
@@ -120,6 +120,7 @@ def gqa_prefill(
     return out
 
 
+@kept
 def decode_configuration(
     pointer: str, pages: str, shape: Shape, block_tokens: int, strides: tuple[int, int]
 ) -> Configuration:

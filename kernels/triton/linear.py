@@ -21,7 +21,7 @@ from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
 from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
 SUM_BLOCK = 512  # outputs of a token that one program adds up
@@ -210,6 +210,7 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@kept
 def linear_configuration(
     types: tuple[str, str],
     weights: Weights,
@@ -247,6 +248,7 @@ def linear_configuration(
     )
 
 
+@kept
 def sum_configuration(pointer: str, outputs: int, count: int) -> Configuration:
     """pointer: to the result, such as "*bf16"."""
     types = {"parts_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}

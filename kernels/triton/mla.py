@@ -22,7 +22,7 @@ from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
 from cierzo.kernels.triton.expand import expand
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention, tile_width, value_bits
 from cierzo.kernels.triton.prefix import guests, lent, prefixes
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
@@ -153,6 +153,7 @@ def mla_prefill(
     return out
 
 
+@kept
 def decode_configuration(
     pointer: str,
     pages: str,

@@ -35,7 +35,7 @@ from cierzo.kernels.triton.activations import (
     token_of,
 )
 from cierzo.kernels.triton.heuristics import Tile, reading, tile
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
@@ -281,6 +281,7 @@ def _static(matrix: Matrix | None, prefix: str = "") -> dict[str, Tensor]:
     return {} if scales is None else {f"{prefix}static_ptr": scales}
 
 
+@kept
 def gate_up_configuration(
     pointers_of: tuple[str, str],
     weights: Weights,
@@ -301,6 +302,7 @@ def gate_up_configuration(
     )
 
 
+@kept
 def down_configuration(
     pointers_of: tuple[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool
 ) -> Configuration:
@@ -346,6 +348,7 @@ def _grouped(
     )
 
 
+@kept
 def sum_configuration(pointer: str, width: int, slots: int, shared: bool) -> Configuration:
     """pointer: to the activations, such as "*bf16"."""
     types = {"outputs_ptr": pointer, "weights_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}

@@ -16,7 +16,7 @@ from cierzo.kernels.triton.activations import (
     row_warps,
     store_row,
 )
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 
 @kernel
@@ -120,6 +120,7 @@ def _launch(
     launch(configuration, (len(x),), eps=eps, **tensors)
 
 
+@kept
 def norm_configuration(
     pointer: str, width: int, stride: int, codes: Codes = "", residual_stride: int | None = None
 ) -> Configuration:

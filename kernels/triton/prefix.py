@@ -33,7 +33,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import Configuration, kernel, launch
+from cierzo.kernels.triton.launch import Configuration, kept, kernel, launch
 
 BLOCK = 512  # segments, or blocks of a table, that a program compares at a time
 
@@ -144,6 +144,7 @@ def prefixes(queries: PagedQueries, block_tokens: int, together: int) -> Prefixe
     return Prefixes(mates, members)
 
 
+@kept
 def prefixes_configuration(block_tokens: int, together: int) -> Configuration:
     """Configuration of the kernel that finds leaders and members."""
     pointers = ("query_starts", "context_lengths", "table_rows", "tables", "mates", "members")

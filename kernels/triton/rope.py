@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 ELEMENTS = 1024  # rotated values of a program, about
 
@@ -151,6 +151,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Te
     )
 
 
+@kept
 def tables_configuration(pairs: int) -> Configuration:
     """pairs: F, the rotated pairs of a head."""
     types = {"positions_ptr": "*i64"} | dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32")
@@ -158,6 +159,7 @@ def tables_configuration(pairs: int) -> Configuration:
     return Configuration(_rope_tables, types | {"magnitude": "fp32"}, constants, num_warps=1)
 
 
+@kept
 def rope_configuration(
     pointer: str, heads: int, width: int, pairs: int, strides: tuple[int, int], interleaved: bool, scaled: bool
 ) -> Configuration:

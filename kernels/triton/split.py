@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.prefix import Prefixes, lent
 from cierzo.kernels.triton.softmax import LOG2_E, sink_of
@@ -447,6 +447,7 @@ def decode(
         )
 
 
+@kept
 def plan_configuration(shape: Shape) -> Configuration:
     """Configuration of the kernel that makes the items."""
     tables = ("query_starts_ptr", "context_lengths_ptr", "items_ptr", "firsts_ptr", "row_segments_ptr")
@@ -455,6 +456,7 @@ def plan_configuration(shape: Shape) -> Configuration:
     return Configuration(_plan, types, constants)
 
 
+@kept
 def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, together: int = 1) -> Configuration:
     """pointer: to the result, such as "*bf16". together: sequences that may share a program; more than one only
     with a single key-value head."""

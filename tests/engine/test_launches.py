@@ -346,7 +346,7 @@ def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch:
     assert values["mla_attend", "TOGETHER"] == values["combine", "TOGETHER"] == {1, 2}  # one sequence, and more
     assert values["linear", "APART"] == {False, True}
     assert values["apply_rope", "SCALED"] == {False, True}  # contexts beyond the original positions
-    assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw"} < {
+    assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw_choose"} < {
         one.name for one in found.kernels
     }
     assert len(found.configurations) == len({one.key for one in found.configurations}) < 50
