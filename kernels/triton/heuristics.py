@@ -11,11 +11,13 @@ False, and one tile serves every number of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.device import GROUP
+from cierzo.kernels.formats.four_bit import STRETCH
 from cierzo.kernels.triton.launch import ALIGNMENT
 from cierzo.kernels.triton.product import Weights
 
@@ -41,9 +43,14 @@ class Tile:
         blocks = {"BLOCK_N": self.block_n, "BLOCK_T": self.block_t, "BLOCK_K": self.block_k}
         return {**blocks, "TOKENS_ON_M": self.tokens_on_m, "DESCRIBED": self.described}
 
-    def weight_block(self, format: str) -> tuple[int, int]:
-        """Rows and columns of codes, in their elements, that one load through a descriptor brings."""
-        return self.block_n, self.block_k // 2 if format in GROUP else self.block_k
+    def blocks(self, codes: Sequence[str], rows: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Rows and columns that one load through a descriptor brings, by the pointers' names: those to codes, and
+        those to activations. Empty without descriptors."""
+        if not self.described:
+            return {}
+        return dict.fromkeys(codes, (self.block_n, self.block_k)) | dict.fromkeys(
+            rows, (self.block_t, self.block_k)
+        )
 
 
 # (format, paired) -> tile, chosen by the code that the compiler generates for sm_90, not yet by timing. bf16
@@ -58,10 +65,10 @@ TILES = {
     ("fp8", True): Tile(block_n=64, block_t=64, block_k=64, tokens_on_m=True),
     ("fp8 x fp8", False): Tile(block_n=128, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
     ("fp8 x fp8", True): Tile(block_n=64, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
-    ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("mxfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
+    ("nvfp4", False): Tile(block_n=128, block_t=32, block_k=128, num_stages=4),
+    ("nvfp4", True): Tile(block_n=64, block_t=32, block_k=128, num_stages=4),
+    ("mxfp4", False): Tile(block_n=128, block_t=32, block_k=128, num_stages=4),
+    ("mxfp4", True): Tile(block_n=64, block_t=32, block_k=128, num_stages=4),
     ("fp32", False): Tile(block_n=32, block_t=32, block_k=32),
     ("fp32", True): Tile(block_n=32, block_t=32, block_k=32),
 }
@@ -82,7 +89,7 @@ def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> T
             f"fp8 scales of {block_k} columns: kernels take multiples of {chosen.block_k}, or all of k"
         )
     if activations == "*fp32":
-        return chosen
+        return replace(chosen, block_k=STRETCH) if format in GROUP else chosen
     if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
         return replace(chosen, block_t=NARROW, tokens_on_m=False)
     return chosen

@@ -34,6 +34,7 @@ from cierzo.kernels.triton.activations import (
     store_tile,
     token_of,
 )
+from cierzo.kernels.triton.four_bit import in_order
 from cierzo.kernels.triton.heuristics import Tile, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into
@@ -85,7 +86,7 @@ def _expert_product(
             codes_ptr = shared_codes_ptr
             if FORMAT != "plain":
                 scales_ptr = shared_scales_ptr
-            if FORMAT == "nvfp4":
+            if in_order(FORMAT):
                 row_scales_ptr = shared_row_scales_ptr
     x_scales = None
     if x_scales_ptr is not None:
@@ -119,7 +120,7 @@ def _expert_gate_up(
     if x_scales_ptr is not None:
         x_rows = start.to(tl.int32) if DESCRIBED else rows * X_STRIDE
     else:
-        x_rows = token_of(order_ptr, rows, inside, tokens, SLOTS) * X_STRIDE
+        x_rows = token_of(order_ptr, tl.minimum(rows, end - 1), inside, tokens, SLOTS) * X_STRIDE
     X_DESCRIBED: tl.constexpr = DESCRIBED and x_scales_ptr is not None
     total = _expert_product(
         x_ptr, x_rows, x_scales_ptr, rows, inside, expert, n_start,
@@ -153,7 +154,7 @@ def _expert_down(
         return
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    read = start.to(tl.int32) if DESCRIBED else rows * K
+    read = start.to(tl.int32) if DESCRIBED else tl.minimum(rows, end - 1) * K
     total = _expert_product(
         inner_ptr, read, inner_scales_ptr, rows, inside, expert, n_start,
         codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
@@ -324,10 +325,8 @@ def _grouped(
     shared_names = ("shared_codes_ptr", "shared_scales_ptr", "shared_row_scales_ptr")
     missing = weights.without("shared_") if shared else dict.fromkeys(shared_names, None)
     names = ("codes_ptr", "shared_codes_ptr") if shared else ("codes_ptr",)
-    blocks = dict.fromkeys(names, chosen.weight_block(weights.format))
     dense = "inner_ptr" if of is _expert_down else "x_ptr"
-    if of is _expert_down or types[dense] == "*fp8e4nv":  # rows in the order of the pairs
-        blocks[dense] = chosen.block_t, chosen.block_k
+    in_pairs = of is _expert_down or types[dense] == "*fp8e4nv"  # rows in the order of the pairs
     sizes = {"E": experts, "LANES": triton.next_power_of_2(experts + 1), "SLOTS": slots, "SHARED": int(shared)}
     return Configuration(
         of,
@@ -342,7 +341,7 @@ def _grouped(
         {**weights.without(), **missing, **weights.constants, **chosen.constants, **sizes, **more},
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks=blocks if chosen.described else {},
+        blocks=chosen.blocks(codes=names, rows=[dense] if in_pairs else []),
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import ptx
 import torch
 import triton.language as tl
 import triton_shortcuts
@@ -57,7 +58,18 @@ def repair() -> None:
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
         return interpreter.TensorHandle(ordered_product(_floats(a), _floats(b)) + d.data, d.dtype.scalar)
 
+    def create_inline_asm(self: Any, text: str, _: str, values: Any, types: Any, __: bool, pack: int) -> Any:
+        kinds = [one.scalar for one in types]
+        found = ptx.run(text, [one.data for one in values], [_integers(kind) for kind in kinds], pack)
+        return _Results(
+            [
+                interpreter.TensorHandle(data.view(interpreter._get_np_dtype(kind)), kind)
+                for data, kind in zip(found, kinds, strict=True)
+            ]
+        )
+
     builder.cast_impl = cast_impl
+    builder.create_inline_asm = create_inline_asm
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
     for name in ("binary_op", "unary_op", "ternary_op"):
@@ -66,6 +78,21 @@ def repair() -> None:
     semantic: Any = interpreter.interpreter_semantic
     semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
     triton_shortcuts.take()
+
+
+class _Results:
+    """What inline assembly returns."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self._found = found
+
+    def get_result(self, number: int) -> Any:
+        return self._found[number]
+
+
+def _integers(kind: Any) -> np.dtype[Any]:
+    """Unsigned integers as wide as a type."""
+    return np.dtype(f"u{kind.primitive_bitwidth // 8}")
 
 
 def _refuse_overflow(left: Any, right: Any, operation: Any) -> None:

@@ -21,6 +21,7 @@ from cierzo.kernels.triton.launch import POINTER
 from cierzo.kernels.triton.product import Weights
 
 FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
+DESCRIBED = ["plain", "fp8"]  # what tensor descriptors read
 # Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-8,
 # and so is what lies between the two products of an MLP; weights widen to bf16 without rounding in every format.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -172,7 +173,7 @@ def test_the_narrow_form_and_exchanged_operands_compute_the_same(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", DESCRIBED)
 @pytest.mark.parametrize(("tokens", "outputs", "k"), [(1, 1, 32), (2, 131, 96), (65, 40, 64)])
 def test_descriptors_read_the_same(
     tokens: int, outputs: int, k: int, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +196,7 @@ def test_descriptors_read_the_same(
     assert any(found == {"x_ptr", "codes_ptr"} for found in blocks)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", DESCRIBED)
 @pytest.mark.parametrize("apart", [True, False])
 def test_descriptors_read_the_same_parts(format: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = rows(2, 1088, torch.bfloat16), weights(format, 70, 1088, dtype=torch.bfloat16)
