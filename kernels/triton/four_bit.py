@@ -58,8 +58,8 @@ def in_order(format):
 @kernel
 def columns_in_order(BLOCK_K: tl.constexpr):
     """The columns of a tile in the order in which they are multiplied, int32 [BLOCK_K]; two neighbours stay so."""
-    place = tl.arange(0, BLOCK_K)
-    within = (place // 2 % 4) * THREAD + (place // 8 % 16) * 2 + place % 2
+    place = tl.arange(0, BLOCK_K).to(tl.int64)
+    within = (place // 2 % 4) * THREAD + (place // 8 % 8) * 2 + (place // 64 % 2) * 16 + place % 2
     return tl.max_contiguous(tl.multiple_of(place // STRETCH * STRETCH + within, 2), 2)
 
 

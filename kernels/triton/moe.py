@@ -35,9 +35,9 @@ from cierzo.kernels.triton.activations import (
     token_of,
 )
 from cierzo.kernels.triton.four_bit import in_order
-from cierzo.kernels.triton.heuristics import Tile, reading, tile
+from cierzo.kernels.triton.heuristics import Tile, reading, rows_of_most, spread, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.linear import gated_mlp_into
+from cierzo.kernels.triton.linear import gated_mlp_into, multiprocessors
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
 SUM_BLOCK = 1024  # values of a token's output for one program of the third launch
@@ -228,7 +228,9 @@ def expert_mlp(
     first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
     first |= _static(shared_down, "shared_") if together else {}
     types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
-    chosen = tile(up_weights, types[0], True, pairs // experts)
+    most, matrices, processors = rows_of_most(pairs, experts), min(pairs, experts), multiprocessors(x.device)
+    matrices += int(together)
+    chosen = spread(tile(up_weights, types[0], True, most), up_weights, inner_width, matrices, processors)
     stride = row_stride("expert_mlp", "x", first["x_ptr"])
     # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
     chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
@@ -238,7 +240,7 @@ def expert_mlp(
         codes = quantise_rows(inner, None)
     first = _operand("inner", inner if codes is None else codes)
     types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
-    chosen = tile(down_weights, types[0], False, pairs // experts)
+    chosen = spread(tile(down_weights, types[0], False, most), down_weights, width, matrices, processors)
     chosen = reading(chosen, down_weights, tokens, inner_width * first["inner_ptr"].element_size())
     configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
     run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)

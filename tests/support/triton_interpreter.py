@@ -3,9 +3,10 @@
 As it is (Triton 3.6 to 3.9), bf16 and e4m3 values are integers to it: a dot or a product of them is garbage, in
 silence; a cast of fp32 to bf16 truncates; to e4m3 it misrounds, and NaN of e4m3 is read as 480. A dot's bits depend
 on the processor, and integers that overflow wrap round. Here casts go through torch's own, dots of 8- and 16-bit
-floats are computed in fp32, every dot adds its products in order, and arithmetic on bf16 or e4m3 raises, as do
-integers that overflow: kernels compute in fp32, and addresses in 64 bits. What this proves is loops, masks,
-addresses and the order of splits; the bits of an MMA's sum are the device's.
+floats are computed in fp32, every dot adds its products in order to what it is given, and arithmetic on bf16 or
+e4m3 raises, as do integers that overflow: kernels compute in fp32, and addresses in 64 bits. What this proves is
+loops, masks, addresses and the order of splits; the bits of an MMA's sum are the device's. Inline PTX runs in
+ptx.py.
 
 TRITON_INTERPRET must be set before a kernel's module is imported (tests/conftest.py does), `repair` called once.
 """
@@ -56,7 +57,7 @@ def repair() -> None:
         return original_convert(self, source, target, rounding_mode)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        return interpreter.TensorHandle(ordered_product(_floats(a), _floats(b)) + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(ordered_product(_floats(a), _floats(b), d.data), d.dtype.scalar)
 
     def create_inline_asm(self: Any, text: str, _: str, values: Any, types: Any, __: bool, pack: int) -> Any:
         kinds = [one.scalar for one in types]

@@ -156,19 +156,13 @@ def test_gated_mlp(format: str, dtype: torch.dtype) -> None:
         close(result, ref.gated_mlp(x.float(), wide_of(gate_up), wide_of(down)), dtype)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_narrow_form_and_exchanged_operands_compute_the_same(
-    format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not yet in use: heuristics.WIDTH_KEEPS_BITS."""
+@pytest.mark.parametrize("format", DESCRIBED)
+def test_exchanged_operands_compute_the_same(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, gate_up = rows(3, 96, torch.bfloat16), weights(format, 128, 96, dtype=torch.bfloat16)
     down = weights(format, 96, 64, dtype=torch.bfloat16, seed=2)
     expected = ref.gated_mlp(x.float(), wide_of(gate_up), wide_of(down))
-    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
-    close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
     exchanged = {name: replace(tile, tokens_on_m=not tile.tokens_on_m) for name, tile in heuristics.TILES.items()}
     monkeypatch.setattr(heuristics, "TILES", exchanged)
-    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", False)
     close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
 
 
