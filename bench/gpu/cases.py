@@ -110,7 +110,7 @@ class Maker:
         if self.format == "bf16":
             return plain
         if plain.is_meta and plain.dim() == 3:  # alike, as they hold nothing
-            matrix = stack([quantise(plain[0], self.weights, block=block)] * len(plain))
+            matrix = stack([quantise(plain[0], self.weights, block=block)] * len(plain), len(plain))
         else:
             matrix = quantise(plain, self.weights, block=block)
         if self.format not in BY_FP8:

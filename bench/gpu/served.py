@@ -86,7 +86,7 @@ class RandomMatrices(DeviceMatrices):
         *experts, n, k = request.shape
         matrix = quantise(self._random((n, k)), format)
         if experts:
-            matrix = stack([matrix] * experts[0])
+            matrix = stack([matrix] * experts[0], experts[0])
         return in_fp8(matrix) if self._activations in NUMBER_FORMATS[format].activations else matrix
 
     def _random(self, shape: Sequence[int]) -> Tensor:

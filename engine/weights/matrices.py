@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,10 @@ from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
 
 BLOCK_COLUMNS = 128  # GPU kernels read whole multiples under one FP8 scale
+
+
+class _Anew(Exception):
+    """Codes are of another format, or their values in that of the matrix are others."""
 
 
 class PackedMatrices:
@@ -70,8 +75,8 @@ class DeviceMatrices:
         if format == self._plain:
             return as_tensor(parameter).to(self._device, copy=True)
         try:
-            kept = _kept(parameter, format)
-            matrix = kept.to(self._device) if kept is not None else _quantised(parameter, format, self._device)
+            kept = _kept(parameter, format, self._device)
+            matrix = kept if kept is not None else _quantised(parameter, format, self._device)
             if self._activations not in NUMBER_FORMATS[format].activations:
                 return matrix
             scales = _activation_scales(parameter)
@@ -81,7 +86,7 @@ class DeviceMatrices:
             raise CheckpointError(f"{name}: {error}", field=name) from error
 
 
-def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
+def _kept(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix | None:
     """The stored codes, if the format holds all of them; scales of matrices above one another stay their own."""
     if not isinstance(parameter, StoredParameter):
         return None
@@ -89,6 +94,8 @@ def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     rows, columns = max(blocks, default=(0, 0))
     if len(blocks) > 1 or (columns % BLOCK_COLUMNS and columns < parameter.shape[-1]):
         return None
+    if NUMBER_FORMATS[format].group:
+        return _put_in_order(parameter, format, device)
     experts = [kept_codes(parts, format) for parts in parameter.experts]
     tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
     if len(tensors) < len(experts):
@@ -97,9 +104,26 @@ def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
     if not parameter.fused:
         stacked = [tensor[0] for tensor in stacked]
     if not columns:
-        return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
+        return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype).to(device)
     scales, rows = _of_blocks(stacked[1], rows)
-    return fp8.from_codes(stacked[0], scales, parameter.dtype, (rows, columns))
+    return fp8.from_codes(stacked[0], scales, parameter.dtype, (rows, columns)).to(device)
+
+
+def _put_in_order(parameter: StoredParameter, format: str, device: torch.device) -> DeviceMatrix | None:
+    """Codes of 4 bits, put into the kernels' order there, an expert at a time."""
+    codec = NUMBER_FORMATS[format].codec()
+
+    def experts() -> Iterator[DeviceMatrix]:
+        for parts in parameter.experts:
+            kept = kept_codes(parts, format)
+            if kept is None:
+                raise _Anew
+            yield codec.from_codes(*(tensor.to(device) for tensor in kept), parameter.dtype)
+
+    try:
+        return stack(experts(), len(parameter.experts)) if parameter.fused else next(experts())
+    except _Anew:
+        return None
 
 
 def _of_blocks(scales: Tensor, rows: int) -> tuple[Tensor, int]:
@@ -141,8 +165,8 @@ def _quantised(parameter: Parameter, format: str, device: torch.device) -> Devic
     """An expert at a time: in 16 bits and in fp32, all of them together take several times what they will."""
     if len(parameter.shape) == 2:
         return quantise(as_tensor(parameter).to(device), format)
-    experts = [
+    experts = (
         quantise(as_tensor(parameter[number : number + 1])[0].to(device), format)
         for number in range(parameter.shape[0])
-    ]
-    return stack(experts)
+    )
+    return stack(experts, parameter.shape[0])

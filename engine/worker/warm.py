@@ -17,6 +17,7 @@ from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.fault import watching
 from cierzo.kernels.ops.block import DecoderWeights
 from cierzo.kernels.triton import compile as compiling
+from cierzo.kernels.triton import widths
 
 
 class Compilation:
@@ -34,6 +35,7 @@ class Compilation:
             return
         self._device = torch.device(config.device)
         with watching("compiling"):
+            widths.settle([config.weights, "bf16"], self._device)
             self._found = launches(config, weights())
             self._missing = compiling.missing(self._found.configurations)
         thread = ThreadPoolExecutor(1)

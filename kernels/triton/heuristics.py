@@ -3,24 +3,28 @@
 A row's bits must not depend on the rows beside it, so the number of tokens decides only between forms that add the
 same products in the same order.
 
-A narrow tile for few tokens and a wide one for many would be faster at both ends. MMA instructions of 16 and of 64
-columns, and with exchanged operands, very likely add the products of an output in the same order, and K is walked
-in the same steps; but only a test on a card can prove it. Until one finds the bits equal, WIDTH_KEEPS_BITS stays
-False, and one tile serves every number of tokens.
+Tiles of few tokens and of many (SIZED) do: weights are on M, k is walked in one order, and a step deeper than
+another does what two of the other's do. Whether MMA instructions of 16 and of 128 columns add alike is the card's
+part: widths.py has it compute a product in every width when an engine starts, and where a bit differs,
+WIDTH_KEEPS_BITS becomes False for the process and one tile serves every number of tokens. Without a card it is
+taken for true.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.device import GROUP
+from cierzo.kernels.formats.four_bit import STRETCH
 from cierzo.kernels.triton.launch import ALIGNMENT
 from cierzo.kernels.triton.product import Weights
 
-WIDTH_KEEPS_BITS = False  # see above: to be set once a test on a card has shown it
-FEW_TOKENS = 16  # at most so many tokens of a product, or of an expert on average, take a narrow tile
+WIDTH_KEEPS_BITS = True  # see above; widths.py sets it
+_forced: Tile | None = None  # instead of any other
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +45,20 @@ class Tile:
         blocks = {"BLOCK_N": self.block_n, "BLOCK_T": self.block_t, "BLOCK_K": self.block_k}
         return {**blocks, "TOKENS_ON_M": self.tokens_on_m, "DESCRIBED": self.described}
 
-    def weight_block(self, format: str) -> tuple[int, int]:
-        """Rows and columns of codes, in their elements, that one load through a descriptor brings."""
-        return self.block_n, self.block_k // 2 if format in GROUP else self.block_k
+    def blocks(self, codes: Sequence[str], rows: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Rows and columns that one load through a descriptor brings, by the pointers' names: those to codes, and
+        those to activations. Empty without descriptors."""
+        if not self.described:
+            return {}
+        return dict.fromkeys(codes, (self.block_n, self.block_k)) | dict.fromkeys(
+            rows, (self.block_t, self.block_k)
+        )
 
 
 # (format, paired) -> tile, chosen by the code that the compiler generates for sm_90, not yet by timing. bf16
-# weights are on M. Widened codes could be too, from registers, but then the compiler copies the codes in pieces of
-# 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time and needs fewer registers. A
-# step of a 4-bit format is 128 columns of k: the scales of 64 would be less than 4 bytes a thread, and would not be
-# copied ahead. fp32 is for tests and runs without tensor cores.
+# weights are on M, as are those of 4 bits, whose order is made for it (four_bit.py). Codes of fp8 could be too,
+# from registers, but then the compiler copies them in pieces of 8 or 4 bytes, laid out for the MMA; with tokens on
+# M it copies 16 bytes at a time and needs fewer registers. fp32 is for tests and runs without tensor cores.
 TILES = {
     ("bf16", False): Tile(block_n=128, block_t=64, block_k=64),
     ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
@@ -58,34 +66,91 @@ TILES = {
     ("fp8", True): Tile(block_n=64, block_t=64, block_k=64, tokens_on_m=True),
     ("fp8 x fp8", False): Tile(block_n=128, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
     ("fp8 x fp8", True): Tile(block_n=64, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
-    ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("mxfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
+    ("nvfp4", False): Tile(block_n=128, block_t=32, block_k=128, num_stages=4),
+    ("nvfp4", True): Tile(block_n=64, block_t=32, block_k=128, num_stages=4),
+    ("mxfp4", False): Tile(block_n=128, block_t=32, block_k=128, num_stages=4),
+    ("mxfp4", True): Tile(block_n=64, block_t=32, block_k=128, num_stages=4),
     ("fp32", False): Tile(block_n=32, block_t=32, block_k=32),
     ("fp32", True): Tile(block_n=32, block_t=32, block_k=32),
 }
-NARROW = 16  # tokens of a narrow tile
+
+
+def _four_bits(block_n: int) -> tuple[Tile, ...]:
+    """Tiles of 16 to 128 tokens; eight warps share the sums of the last."""
+    few = (Tile(block_n, tokens, STRETCH, num_stages=stages) for tokens, stages in ((16, 4), (32, 4), (64, 3)))
+    return *few, Tile(block_n, 128, STRETCH, num_warps=8, num_stages=3)
+
+
+# The same by number of tokens: the first tile that holds them, else the last.
+SIZED = {
+    ("nvfp4", False): _four_bits(128),
+    ("nvfp4", True): _four_bits(64),
+    ("mxfp4", False): _four_bits(128),
+    ("mxfp4", True): _four_bits(64),
+}
+
+
+def sizes(weights: Weights, activations: str, paired: bool) -> tuple[Tile, ...]:
+    """Tiles of one row of SIZED: those for weights, and for activations of a type such as "*bf16"."""
+    return SIZED.get((_kind(weights, activations), paired), ())
+
+
+def _kind(weights: Weights, activations: str) -> str:
+    """First part of a key of TILES and SIZED."""
+    if activations == "*fp32":
+        return "fp32"
+    format = "bf16" if weights.format == "plain" else weights.format
+    return f"{format} x fp8" if activations == "*fp8e4nv" else format
 
 
 def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
-    """Tile for weights, and for activations of a type such as "*bf16". tokens: of one product; ignored until the
-    width of a tile is known to keep the bits. Raises ArgumentError for scales whose columns are not whole steps of
-    a tile."""
-    kind = format = "bf16" if weights.format == "plain" else weights.format
-    if activations == "*fp8e4nv":
-        kind = f"{format} x fp8"
-    chosen = TILES["fp32" if activations == "*fp32" else kind, paired]
+    """Tile for weights, and for activations of a type such as "*bf16". tokens: of one product, at most or nearly
+    so. Raises ArgumentError for scales whose columns are not whole steps of a tile."""
+    chosen, format = TILES[_kind(weights, activations), paired], weights.format
     block_k = weights.scale_block[1]
     if format == "fp8" and block_k < weights.k and block_k % chosen.block_k:
         raise ArgumentError(
             f"fp8 scales of {block_k} columns: kernels take multiples of {chosen.block_k}, or all of k"
         )
     if activations == "*fp32":
-        return chosen
-    if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
-        return replace(chosen, block_t=NARROW, tokens_on_m=False)
+        return replace(chosen, block_k=STRETCH) if format in GROUP else chosen
+    if _forced is not None:
+        return _forced
+    if WIDTH_KEEPS_BITS and (known := sizes(weights, activations, paired)):
+        return next((one for one in known if tokens <= one.block_t), known[-1])
     return chosen
+
+
+@contextmanager
+def forced(chosen: Tile) -> Iterator[None]:
+    """Within, products of 16-bit activations have this tile."""
+    global _forced
+    before, _forced = _forced, chosen
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+# --- experts -----------------------------------------------------------------------------------------------
+
+SPREAD = 2.4  # programs of a multiprocessor, at least, that 4-bit weights are read by
+
+
+def rows_of_most(pairs: int, experts: int) -> int:
+    """Rows that most experts have no more than, where they are chosen at random."""
+    return 3 * pairs // (2 * experts)
+
+
+def spread(chosen: Tile, weights: Weights, outputs: int, matrices: int, multiprocessors: int) -> Tile:
+    """The tile where a product reads so few matrices that its programs would leave multiprocessors idle in the last
+    round, and have too few bytes under way in all: half as many outputs, steps twice as deep."""
+    programs = matrices * -(-outputs // chosen.block_n)
+    deep = 2 * chosen.block_k
+    if weights.format not in GROUP or chosen.block_t > 16 or weights.k % deep:
+        return chosen
+    few = WIDTH_KEEPS_BITS and programs < SPREAD * multiprocessors
+    return replace(chosen, block_n=chosen.block_n // 2, block_k=deep) if few else chosen
 
 
 # --- tensor descriptors ------------------------------------------------------------------------------------
@@ -156,4 +221,5 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
 
 def thresholds() -> list[int]:
     """Numbers of tokens above which a choice of this file is another one."""
-    return [FEW_TOKENS, APART_TOKENS, *([] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1])]
+    widths = {one.block_t for sizes in SIZED.values() for one in sizes}
+    return [*sorted(widths), APART_TOKENS, *([] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1])]

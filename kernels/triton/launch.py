@@ -38,6 +38,7 @@ from cierzo.kernels.fault import DeviceFault, described, fault_of, is_device_err
 
 ALIGNMENT = 16  # bytes: the widest load of one thread
 POINTER = {
+    torch.int16: "*i16",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",

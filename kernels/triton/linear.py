@@ -48,7 +48,8 @@ def _linear(
     tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
     token = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < tokens
-    x_rows = tile_t * BLOCK_T if DESCRIBED else token.to(tl.int64) * X_STRIDE + head * X_HEAD
+    read = tl.minimum(token, tokens - 1).to(tl.int64)
+    x_rows = tile_t * BLOCK_T if DESCRIBED else read * X_STRIDE + head * X_HEAD
     out_rows = token.to(tl.int64) * OUT_STRIDE + head * OUT_HEAD
     n_start = tile_n * BLOCK_N
     outputs = n_start + tl.arange(0, BLOCK_N)
@@ -242,9 +243,7 @@ def linear_configuration(
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks={"x_ptr": (chosen.block_t, chosen.block_k), "codes_ptr": chosen.weight_block(weights.format)}
-        if chosen.described
-        else {},
+        blocks=chosen.blocks(codes=["codes_ptr"], rows=["x_ptr"]),
     )
 
 

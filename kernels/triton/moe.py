@@ -34,9 +34,10 @@ from cierzo.kernels.triton.activations import (
     store_tile,
     token_of,
 )
-from cierzo.kernels.triton.heuristics import Tile, reading, tile
+from cierzo.kernels.triton.four_bit import in_order
+from cierzo.kernels.triton.heuristics import Tile, reading, rows_of_most, spread, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
-from cierzo.kernels.triton.linear import gated_mlp_into
+from cierzo.kernels.triton.linear import gated_mlp_into, multiprocessors
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
 SUM_BLOCK = 1024  # values of a token's output for one program of the third launch
@@ -85,7 +86,7 @@ def _expert_product(
             codes_ptr = shared_codes_ptr
             if FORMAT != "plain":
                 scales_ptr = shared_scales_ptr
-            if FORMAT == "nvfp4":
+            if in_order(FORMAT):
                 row_scales_ptr = shared_row_scales_ptr
     x_scales = None
     if x_scales_ptr is not None:
@@ -119,7 +120,7 @@ def _expert_gate_up(
     if x_scales_ptr is not None:
         x_rows = start.to(tl.int32) if DESCRIBED else rows * X_STRIDE
     else:
-        x_rows = token_of(order_ptr, rows, inside, tokens, SLOTS) * X_STRIDE
+        x_rows = token_of(order_ptr, tl.minimum(rows, end - 1), inside, tokens, SLOTS) * X_STRIDE
     X_DESCRIBED: tl.constexpr = DESCRIBED and x_scales_ptr is not None
     total = _expert_product(
         x_ptr, x_rows, x_scales_ptr, rows, inside, expert, n_start,
@@ -153,7 +154,7 @@ def _expert_down(
         return
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    read = start.to(tl.int32) if DESCRIBED else rows * K
+    read = start.to(tl.int32) if DESCRIBED else tl.minimum(rows, end - 1) * K
     total = _expert_product(
         inner_ptr, read, inner_scales_ptr, rows, inside, expert, n_start,
         codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
@@ -227,7 +228,9 @@ def expert_mlp(
     first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
     first |= _static(shared_down, "shared_") if together else {}
     types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
-    chosen = tile(up_weights, types[0], True, pairs // experts)
+    most, matrices, processors = rows_of_most(pairs, experts), min(pairs, experts), multiprocessors(x.device)
+    matrices += int(together)
+    chosen = spread(tile(up_weights, types[0], True, most), up_weights, inner_width, matrices, processors)
     stride = row_stride("expert_mlp", "x", first["x_ptr"])
     # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
     chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
@@ -237,7 +240,7 @@ def expert_mlp(
         codes = quantise_rows(inner, None)
     first = _operand("inner", inner if codes is None else codes)
     types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
-    chosen = tile(down_weights, types[0], False, pairs // experts)
+    chosen = spread(tile(down_weights, types[0], False, most), down_weights, width, matrices, processors)
     chosen = reading(chosen, down_weights, tokens, inner_width * first["inner_ptr"].element_size())
     configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
     run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
@@ -326,10 +329,8 @@ def _grouped(
     shared_names = ("shared_codes_ptr", "shared_scales_ptr", "shared_row_scales_ptr")
     missing = weights.without("shared_") if shared else dict.fromkeys(shared_names, None)
     names = ("codes_ptr", "shared_codes_ptr") if shared else ("codes_ptr",)
-    blocks = dict.fromkeys(names, chosen.weight_block(weights.format))
     dense = "inner_ptr" if of is _expert_down else "x_ptr"
-    if of is _expert_down or types[dense] == "*fp8e4nv":  # rows in the order of the pairs
-        blocks[dense] = chosen.block_t, chosen.block_k
+    in_pairs = of is _expert_down or types[dense] == "*fp8e4nv"  # rows in the order of the pairs
     sizes = {"E": experts, "LANES": triton.next_power_of_2(experts + 1), "SLOTS": slots, "SHARED": int(shared)}
     return Configuration(
         of,
@@ -344,7 +345,7 @@ def _grouped(
         {**weights.without(), **missing, **weights.constants, **chosen.constants, **sizes, **more},
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks=blocks if chosen.described else {},
+        blocks=chosen.blocks(codes=names, rows=[dense] if in_pairs else []),
     )
 
 

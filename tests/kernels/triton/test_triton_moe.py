@@ -131,7 +131,7 @@ def test_a_token_has_the_same_bits_alone_and_in_company(format: str, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["plain", "fp8"])
 @pytest.mark.parametrize(("tokens", "shared"), [(1, False), (5, True), (20, True)])
 def test_descriptors_read_the_same(
     tokens: int, shared: bool, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
