@@ -80,6 +80,12 @@ def _composed(operation: str, *calls: str) -> Implementation:
     return Implementation(operation, "composed", target, ("cpu", "cuda"), exact=True, calls=calls)
 
 
+def _in_steps(operation: str, *calls: str) -> Implementation:
+    """For a CPU, what a GPU's kernels compute in fewer launches: the operations that make it up, as they are bound."""
+    target = f"cierzo.kernels.ops.compose:{operation}"
+    return Implementation(operation, "composed", target, ("cpu",), exact=True, calls=calls)
+
+
 def _native(file: str, *operations: str) -> list[Implementation]:
     """C++ kernels (cpu/launch/<file>.py), where the library is built and the CPU can run it."""
     module = f"cierzo.kernels.cpu.launch.{file}"
@@ -112,11 +118,19 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("linear", "linear", "lm_head", "gated_mlp"),
     *_triton("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
+    *_triton("linear", "linear_terms"),
+    _in_steps("linear_terms", "linear"),
+    *_torch("linear", "linear_terms"),
+    *_triton("terms", "sum_terms"),
+    *_torch("terms", "sum_terms", exact=True),
     *_native("moe", "route", "group_by_expert", "expert_mlp"),
     *_triton("moe", "expert_mlp"),
     *_cuda("moe", "route", "group_by_expert"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
+    *_triton("moe", "expert_terms"),
+    _in_steps("expert_terms", "expert_mlp"),
+    *_torch("moe", "expert_terms"),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
     *_native("attention", "write_normed_latents", "rotate_and_write_keys_values"),
     *_triton("cache_write", "write_latents", "write_keys_values"),
@@ -140,16 +154,16 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
     _composed(
         "mla_block",
-        *(*_NORMS, *_FP8_NORMS, "linear", "apply_rope", "write_normed_latents"),
+        *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "apply_rope", "write_normed_latents"),
         *("mla_prefill", "mla_absorb", "mla_decode", "mla_unabsorb"),
     ),
     _composed(
         "gqa_block",
-        *(*_NORMS, *_FP8_NORMS, "linear", "rotate_and_write_keys_values"),
+        *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "rotate_and_write_keys_values"),
         *("gqa_prefill", "gqa_decode"),
     ),
     _composed("mlp_block", *_NORMS, *_FP8_NORMS, "gated_mlp"),
-    _composed("moe_block", *_NORMS, "route", "group_by_expert", "expert_mlp"),
+    _composed("moe_block", *_NORMS, "route", "group_by_expert", "expert_terms"),
     _composed("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block", "add_rms_norm", "lm_head"),
 ]
 

@@ -33,6 +33,7 @@ from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.terms import Terms
 
 BLOCK_TOKENS = 32
 EPS = 1e-6
@@ -120,8 +121,8 @@ def apply_rope(model: ModelSizes, size: Size, make: Maker) -> Call:
 # --- dense products ----------------------------------------------------------------------------------------
 
 
-@case(of="weights", rowwise=True, models=(*MODELS, LATENTS))
-def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("linear", "linear_terms", of="weights", rowwise=True, models=(*MODELS, LATENTS))
+def linear(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The projection after attention."""
     k, n = model.projections[-1]
     x, weights = make.noise(size.rows, k), make.cold(lambda: (make.matrix(n, k),))
@@ -176,8 +177,8 @@ def expert_weights(width: int, model: ModelSizes, make: Maker, *experts: int) ->
     return gate_up, make.matrix(*experts, model.hidden, width, block=(model.hidden, width))
 
 
-@case(needs="experts", of="weights")
-def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("expert_mlp", "expert_terms", needs="experts", of="weights")
+def expert_mlp(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """Random choices, and the shared expert."""
     ids = random_experts(model, size)
     order = ids.flatten().sort(stable=True)
@@ -187,6 +188,18 @@ def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     shared = expert_weights(model.shared_width, model, make)
     work = operations.expert_mlp(model, size.rows, len(ids.unique()), make.weights)
     return [(x, *routed, shares, order.indices, starts, *shared)], work
+
+
+@case(needs="experts")
+def sum_terms(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Outputs of each token's experts, and of the shared one."""
+    return [(expert_outputs(model, size, make),)], operations.moved("sum_terms", model, size.rows)
+
+
+def expert_outputs(model: ModelSizes, size: Size, make: Maker) -> Terms:
+    """Terms as experts leave them."""
+    weights = torch.full((size.rows, model.top_k), 1 / model.top_k, device=make.device)
+    return Terms(make.noise(size.rows * (model.top_k + 1), model.hidden), weights, torch.bfloat16)
 
 
 # --- pages of the cache ------------------------------------------------------------------------------------

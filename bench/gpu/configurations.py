@@ -11,16 +11,19 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from inspect import getsource
+from itertools import product
+from typing import Any
 
 import torch
 from triton.language import constexpr
 
-from cierzo.bench.gpu.calls import Cell, cells, make_call
-from cierzo.bench.gpu.cases import CASES, MODELS, Size
+from cierzo.bench.gpu.calls import Cell, cells, expert_outputs, make_call
+from cierzo.bench.gpu.cases import CASES, MODELS, Maker, Size
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import SOURCES, program
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.flash import WORKSPACE_TOKENS
 from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.launch import Configuration, dry_run
@@ -83,17 +86,50 @@ def configurations() -> dict[str, Configuration]:
     """Each configuration once, by its kernel and the first cell that launches it."""
     found: dict[str, Configuration] = {}
     known = set()
+
+    def keep(configuration: Configuration, cell: str) -> None:
+        if (same := digest(configuration)) not in known:
+            known.add(same)
+            name = f"{configuration.name}: {cell}"
+            while name in found:
+                name += ", another"
+            found[name] = configuration
+
     for cell, parts in cells(SIZES, MORE):
         for told, configuration in forms(parts):
-            if told and parts[2].rows <= APART_TOKENS:  # parts of k apart have no descriptors
-                continue
-            if (same := digest(configuration)) not in known:
-                known.add(same)
-                name = f"{configuration.name}: {cell}{told}"
-                while name in found:
-                    name += ", another"
-                found[name] = configuration
+            if not told or parts[2].rows > APART_TOKENS:  # parts of k apart have no descriptors
+                keep(configuration, f"{cell}{told}")
+    for cell, configuration in of_terms():
+        keep(configuration, cell)
     return found
+
+
+def of_terms() -> Iterator[tuple[str, Configuration]]:
+    """Launches of norms that add up terms: of experts, and of the products before a norm."""
+    meta = torch.device("meta")
+    for model, size in product(MODELS, SIZES[:3]):
+        cell = f"add_rms_norm, {model.name}, {size.name}"
+        if model.experts:
+            for one in after(model, size, expert_outputs(model, size, Maker(device="meta"))):
+                yield f"{cell}, of experts", one
+        for format in CASES["linear_terms"].formats:
+            (arguments, *_), _ = make_call("linear_terms", model, size, format, meta, cold_bytes=0)
+            terms: list[Summands] = []
+            dry_run(lambda *given: terms.append(_load("linear_terms")(*given)), *arguments)
+            for one in after(model, size, terms[0]):
+                yield f"{cell}, of parts, {format}", one
+
+
+def after(model: ModelSizes, size: Size, terms: Summands) -> Iterator[Configuration]:
+    """Launches of the norms of terms [T,D] beside a residual."""
+    for operation, *scale in (("add_rms_norm",), ("add_rms_norm_fp8", None)):
+        residual = torch.empty(size.rows, model.hidden, dtype=torch.bfloat16, device="meta")
+        found = dry_run(_load(operation), terms, residual, residual[0], 1e-6, *scale)
+        yield from (one.kernel for one in found)
+
+
+def _load(operation: str) -> Any:
+    return registry.implementations(operation, "cuda")[0].load()
 
 
 def forms(cell: Cell) -> Iterator[tuple[str, Configuration]]:

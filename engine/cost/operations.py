@@ -91,6 +91,7 @@ MOVED: dict[str, Callable[[ModelSizes, Number, int], Number]] = {
         rows * (s.page_values * (s.value_bytes + page) + s.head_dim * (2 * s.heads * s.value_bytes + FP32))
     ),
     "group_by_expert": lambda s, rows, _: (2 * rows * s.top_k + s.experts + 1) * INT64,
+    "sum_terms": lambda s, rows, _: rows * (s.hidden * (s.top_k + 2) * s.value_bytes + s.top_k * FP32),  # and shared
     "peaks": lambda s, rows, _: rows * s.vocab * FP32,
     "draw": lambda s, rows, _: rows * s.vocab * FP32,
     "top_tokens": lambda s, rows, _: rows * s.vocab * FP32,

@@ -1,4 +1,5 @@
-"""The blocks of ops/block.py composed of single operations, each in the implementation that is bound.
+"""The blocks of ops/block.py composed of single operations, each in the implementation that is bound; and, for a
+CPU, operations that a GPU's kernels compute in fewer launches, composed of those that make them up.
 
 On a GPU this is the forward pass; on a CPU the C++ kernels compute each block in one call instead. What a
 composition does between the operations, it does to each row alone, so that it is as exact as they are.
@@ -26,11 +27,12 @@ from cierzo.kernels.ops.block import (
     query_width,
     rope_width,
 )
+from cierzo.kernels.ops.terms import Summands, summed
 
 
 def mla_block(
-    x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
-) -> Tensor:
+    x: Summands | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
+) -> Summands:
     """See ops/block.py."""
     heads, nope, _ = weights.w_uk.shape
     width, rope_dims = query_width(weights), rope_width(weights)
@@ -44,7 +46,7 @@ def mla_block(
     rope.apply_rope(q, cos, sin, interleaved, tables.query_scale)
     latent = weights.kv_norm, weights.latent_eps
     attention.write_normed_latents(pages, rows.cache_slots, kv, *latent, cos, sin, interleaved)
-    return linear.linear(_attend(q, weights, rows, pages).flatten(1), weights.output)
+    return linear.linear_terms(_attend(q, weights, rows, pages).flatten(1), weights.output)
 
 
 def _attend(q: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Tensor:
@@ -63,14 +65,14 @@ def _attend(q: Tensor, weights: MlaWeights, rows: StepRows, pages: Tensor) -> Te
 
 
 def gqa_block(
-    x: Tensor | None,
+    x: Summands | None,
     residual: Tensor,
     weights: GqaWeights,
     rows: StepRows,
     tables: PositionTables,
     k_pages: Tensor,
     v_pages: Tensor,
-) -> Tensor:
+) -> Summands:
     """See ops/block.py."""
     heads = (weights.query_heads, weights.kv_heads, weights.kv_heads)
     qkv = linear.linear(_normed_for(weights.qkv, x, residual, weights.norm, weights.eps), weights.qkv)
@@ -87,16 +89,18 @@ def gqa_block(
     if len(absorbed):
         results.append(attention.gqa_decode(absorbed, k_pages, v_pages, rows.absorbed, weights.scale))
     attended = results[0] if len(results) == 1 else torch.cat(results)
-    return linear.linear(attended.flatten(1), weights.output)
+    return linear.linear_terms(attended.flatten(1), weights.output)
 
 
-def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor:
+def mlp_block(x: Summands | None, residual: Tensor, weights: MlpWeights) -> Summands:
     """See ops/block.py."""
     normed = _normed_for(weights.gate_up, x, residual, weights.norm, weights.eps)
     return linear.gated_mlp(normed, weights.gate_up, weights.down)
 
 
-def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
+def moe_block(
+    x: Summands | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None
+) -> Summands:
     """See ops/block.py."""
     normed = _normed(x, residual, weights.norm, weights.eps)
     ids, shares = moe.route(
@@ -111,7 +115,27 @@ def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_id
     )
     groups = moe.group_by_expert(ids, weights.router.shape[0])
     shared = (weights.shared_gate_up, weights.shared_down)
-    return moe.expert_mlp(normed, weights.gate_up, weights.down, shares, groups, *shared)
+    return moe.expert_terms(normed, weights.gate_up, weights.down, shares, groups, *shared)
+
+
+def linear_terms(x: Rows, weight: Matrix) -> Tensor:
+    """See ops/linear.py."""
+    return linear.linear(x, weight)
+
+
+def expert_terms(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Tensor:
+    """See ops/moe.py."""
+    groups = moe.ExpertGroups(order, starts)
+    return moe.expert_mlp(x, gate_up, down, weights, groups, shared_gate_up, shared_down)
 
 
 def decoder(
@@ -132,10 +156,11 @@ def layers(
     rows: StepRows,
     tables: PositionTables,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run a decoder up to its head: the last block's result, and the residual stream before it."""
+) -> tuple[Summands, Tensor]:
+    """Run a decoder up to its head: the last block's result, and the residual stream before it. What ranks exchange
+    is each block's sum of its own terms."""
     residual = functional.embedding(rows.token_ids, weights.embedding)
-    x: Tensor | None = None
+    x: Summands | None = None
     pages = iter(weights.pages)
     expert_ids = iter(() if rows.expert_ids is None else rows.expert_ids)
     for layer in weights.blocks:
@@ -148,24 +173,24 @@ def layers(
                 x = block.mlp_block(x, residual, layer)
             case MoeWeights():
                 x = block.moe_block(x, residual, layer, next(expert_ids, None))
-        x = x if all_reduce is None else all_reduce(x)
+        x = x if all_reduce is None else all_reduce(summed(x))
     assert x is not None, "a model has layers"
     return x, residual
 
 
-def head(weights: DecoderWeights, x: Tensor, residual: Tensor, logit_rows: Tensor | None) -> Tensor:
+def head(weights: DecoderWeights, x: Summands, residual: Tensor, logit_rows: Tensor | None) -> Tensor:
     """Logits of some rows, None: of all; x and residual are what `layers` gave, and stay as they are unless all
     rows are asked for."""
     if logit_rows is not None:
-        x, residual = x[logit_rows], residual[logit_rows]
+        x, residual = summed(x)[logit_rows], residual[logit_rows]
     return linear.lm_head(norm.add_rms_norm(x, residual, weights.final_norm, weights.eps), weights.head)
 
 
-def _normed(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normed(x: Summands | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.rms_norm(residual, weight, eps) if x is None else norm.add_rms_norm(x, residual, weight, eps)
 
 
-def _normed_for(matrix: Matrix, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Rows:
+def _normed_for(matrix: Matrix, x: Summands | None, residual: Tensor, weight: Tensor, eps: float) -> Rows:
     """The norm, as the one matrix that reads it takes it. What the router reads, and each expert by a scale of its
     own, stays in the model's dtype."""
     if not takes_fp8(matrix):
