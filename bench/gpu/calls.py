@@ -154,8 +154,8 @@ def random_experts(model: ModelSizes, size: Size) -> Tensor:
     return scores.topk(model.top_k).indices
 
 
-@case(needs="experts")
-def route(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("route", "route_groups", needs="experts")
+def route(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The router in the checkpoint's bf16."""
     x = make.noise(size.rows, model.hidden)
     weights = make.cold(lambda: (make.plain(model.experts, model.hidden),))
@@ -255,6 +255,22 @@ def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(*pages, *arguments) for pages in pages_of(model, size, make)], work
 
 
+@case("norm_latents", needs="rank", of="pages", changes=(7,))
+def norm_latents(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """A row of MLA's first product for each token: both norms, the rotation and the cache entry."""
+    x = make.noise(size.rows, model.query_rank + model.page_values)
+    before = (
+        x,
+        make.noise(model.query_rank),
+        make.noise(model.rank),
+        EPS,
+        *tables(size.rows, model.rope // 2),
+        True,
+    )
+    work = operations.moved("norm_latents", model, size.rows, make.kv_dtype.itemsize)
+    return [(*before, *pages, slots_of(size), False, None) for pages in pages_of(model, size, make)], work
+
+
 @case("copy_blocks", "scatter_blocks", changes=(0,))
 @case("gather_blocks", changes=(2,))
 def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
@@ -269,6 +285,17 @@ def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
 
 
 # --- attention ---------------------------------------------------------------------------------------------
+
+
+@case(needs="rank", decodes=True)
+def rotate_and_absorb(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated queries, rotated and scaled, times a matrix of each head, which stays plain."""
+    q = make.noise(size.rows, model.heads * (model.nope + model.rope))
+    scale = torch.rand(size.rows, generator=torch.Generator().manual_seed(2)) + 1
+    weights = make.cold(lambda: (make.plain(model.heads, model.rank, model.nope),))
+    angles = tables(size.rows, model.rope // 2)
+    work = operations.rotate_and_absorb(model, size.rows)
+    return [(q, *matrices, *angles, True, scale) for matrices in weights], work
 
 
 @case("mla_absorb", "mla_unabsorb", needs="rank", decodes=True, rowwise=True)

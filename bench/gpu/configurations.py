@@ -28,6 +28,7 @@ from cierzo.kernels.triton.flash import WORKSPACE_TOKENS
 from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
+META = torch.device("meta")
 # A sequence alone, and more than one, which may share a prefix; more tokens than have parts of k apart; a prompt in
 # one round, and one that takes several.
 SIZES = (
@@ -105,27 +106,43 @@ def configurations() -> dict[str, Configuration]:
 
 
 def of_terms() -> Iterator[tuple[str, Configuration]]:
-    """Launches of norms that add up terms: of experts, and of the products before a norm."""
-    meta = torch.device("meta")
+    """Launches that add up terms as they read them: norms of experts' terms; norms, latents and absorbed queries of
+    the parts of the products before them."""
     for model, size in product(MODELS, SIZES[:3]):
-        cell = f"add_rms_norm, {model.name}, {size.name}"
+        cell = f"{model.name}, {size.name}"
         if model.experts:
-            for one in after(model, size, expert_outputs(model, size, Maker(device="meta"))):
+            for one in _norms(model, size, expert_outputs(model, size, Maker(device="meta"))):
                 yield f"{cell}, of experts", one
         for format in CASES["linear_terms"].formats:
-            (arguments, *_), _ = make_call("linear_terms", model, size, format, meta, cold_bytes=0)
-            terms: list[Summands] = []
-            dry_run(lambda *given: terms.append(_load("linear_terms")(*given)), *arguments)
-            for one in after(model, size, terms[0]):
+            for one in _of_parts(model, size, format):
                 yield f"{cell}, of parts, {format}", one
 
 
-def after(model: ModelSizes, size: Size, terms: Summands) -> Iterator[Configuration]:
-    """Launches of the norms of terms [T,D] beside a residual."""
-    for operation, *scale in (("add_rms_norm",), ("add_rms_norm_fp8", None)):
-        residual = torch.empty(size.rows, model.hidden, dtype=torch.bfloat16, device="meta")
-        found = dry_run(_load(operation), terms, residual, residual[0], 1e-6, *scale)
-        yield from (one.kernel for one in found)
+def _of_parts(model: ModelSizes, size: Size, format: str) -> Iterator[Configuration]:
+    found: list[Summands] = []
+    for k, n in model.projections:
+        one = ModelSizes(name="", hidden=n, heads=1, head_dim=k)
+        (arguments, *_), _ = make_call("linear_terms", one, size, format, META, cold_bytes=0)
+        dry_run(lambda *given: found.append(_load("linear_terms")(*given)), *arguments)
+    yield from _norms(model, size, found[-1])
+    if model.query_rank:
+        (arguments, *_), _ = make_call("rotate_and_absorb", model, size, "bf16", META, cold_bytes=0)
+        yield from _launched("rotate_and_absorb", found[1], *arguments[1:])
+        quantised = ((False, None), (True, None), (True, torch.empty(1, device=META)))
+        for pages, codes in product(("bf16", "fp8"), quantised):
+            (arguments, *_), _ = make_call("norm_latents", model, size, pages, META, cold_bytes=0)
+            yield from _launched("norm_latents", found[0], *arguments[1:-2], *codes)
+
+
+def _norms(model: ModelSizes, size: Size, terms: Summands) -> Iterator[Configuration]:
+    residual = torch.empty(size.rows, model.hidden, dtype=torch.bfloat16, device=META)
+    for scale in ((), (None,), (torch.empty(1, device=META),)):
+        operation = "add_rms_norm_fp8" if scale else "add_rms_norm"
+        yield from _launched(operation, terms, residual, residual[0], 1e-6, *scale)
+
+
+def _launched(operation: str, *arguments: Any) -> list[Configuration]:
+    return [one.kernel for one in dry_run(_load(operation), *arguments)]
 
 
 def _load(operation: str) -> Any:
@@ -137,7 +154,7 @@ def forms(cell: Cell) -> Iterator[tuple[str, Configuration]]:
     descriptors (TMA)."""
     choice = registry.implementations(cell[0], "cuda")[0]
     if choice.name == "triton":
-        (arguments, *_), _ = make_call(*cell, torch.device("meta"), cold_bytes=0)
+        (arguments, *_), _ = make_call(*cell, META, cold_bytes=0)
         for told in ("", ", TMA") if CASES[cell[0]].weighted else ("",):
             with read_through_descriptors() if told else nullcontext():
                 found = dry_run(choice.load(), *arguments)

@@ -52,9 +52,8 @@ SIZES = (
 # What a step of each model launches: of the cases of operations those that a model on a GPU calls.
 LAUNCHED = {
     SMALL4: (
-        "add_rms_norm", "linear_terms", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents",
-        "mla_prefill", "mla_absorb", "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_terms",
-        "lm_head", "draw",
+        "add_rms_norm", "linear_terms", "rope_tables", "apply_rope", "norm_latents", "mla_prefill",
+        "rotate_and_absorb", "mla_decode", "mla_unabsorb", "route_groups", "expert_terms", "lm_head", "draw",
     ),
     SMALL3: (
         "add_rms_norm", "linear_terms", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
@@ -168,6 +167,7 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,
+    "route_groups_bf16_bf16": _logits,
     "route_choose": lambda call, _: Part(
         num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
     ),
@@ -234,11 +234,12 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
     code = functions(nvrtc.disassembled(cubin))[name]
     found, usage = loops(code), nvrtc.usage(cubin)[name]
-    routes = name.startswith("route_logits")
+    routes = name.startswith(("route_logits", "route_groups"))
     # Most of sample_draw's loop, which calls divisions, is passed over: what few tokens come to.
-    loop = None if name == "sample_draw" else main_loop(code)
-    if routes and warps > 4:  # the loop of many rows, not of few
+    if name.startswith("route_groups") or (routes and warps > 4):  # the logits' loop; of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
+    else:
+        loop = None if name == "sample_draw" else main_loop(code)
     if loop is None:
         loop = Loop({}, {})
     # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.

@@ -223,9 +223,7 @@ def _check(operation: str, x: Summands | None, residual: Tensor, norm: Tensor) -
     if x is not None:
         check.require(
             operation,
-            x.shape == residual.shape
-            and x.dtype == residual.dtype
-            and (isinstance(x, Terms) or x.is_contiguous()),
+            x.shape == residual.shape and x.dtype == residual.dtype and (isinstance(x, Terms) or x.is_contiguous()),
             f"x is {list(x.shape)} {x.dtype}, residual {list(residual.shape)} {residual.dtype}; contiguous",
         )
 

@@ -25,7 +25,7 @@ def linear(x: Rows, weight: Matrix) -> Tensor:
 
 
 def linear_terms(x: Rows, weight: Matrix) -> Summands:
-    """linear, or its terms, where a kernel computes them apart: for what is read by an operation that adds terms."""
+    """linear, or its terms, where a kernel computes them apart: for operations that add terms as they read them."""
     check.sizes("linear_terms", x=(x, "T D"), weight=(weight, "N D"))
     check.same_dtype("linear_terms", x=x, weight=weight)
     _check_rows("linear_terms", x, weight)

@@ -46,16 +46,41 @@ def route(
     int64 [T,K], written and given back; None: new.
     Source: transformers' Mistral4TopkRouter, which computes in the model's dtype and leaves ties open.
     """
-    check.sizes("route", x=(x, "T D"), weight=(weight, "E D"))
-    experts = weight.shape[0]
-    check.require("route", experts % groups == 0, f"{experts} experts in {groups} equal groups")
-    check.require("route", 1 <= top_groups <= groups, f"top_groups {top_groups} of {groups} groups")
-    check.require("route", groups == top_groups or experts >= 2 * groups, "a group needs two experts to be ranked")
-    eligible = experts // groups * top_groups
-    check.require("route", 1 <= top_k <= eligible, f"top_k {top_k} of {eligible} eligible experts")
-    if ids is not None:
-        check_expert_ids("route", ids, x.shape[0], top_k)
+    _check_route("route", x, weight, top_k, groups, top_groups, ids)
     return bound.route(x, weight, top_k, groups, top_groups, renormalise, scale, ids)
+
+
+def route_groups(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, ExpertGroups]:
+    """route, and group_by_expert of its choice -> (int64 [T,K], fp32 [T,K], groups)."""
+    _check_route("route_groups", x, weight, top_k, groups, top_groups, ids)
+    found = bound.route_groups(x, weight, top_k, groups, top_groups, renormalise, scale, ids)
+    return found[0], found[1], ExpertGroups(*found[2:])
+
+
+def _check_route(
+    operation: str, x: Tensor, weight: Matrix, top_k: int, groups: int, top_groups: int, ids: Tensor | None
+) -> None:
+    check.sizes(operation, x=(x, "T D"), weight=(weight, "E D"))
+    experts = weight.shape[0]
+    check.require(operation, experts % groups == 0, f"{experts} experts in {groups} equal groups")
+    check.require(operation, 1 <= top_groups <= groups, f"top_groups {top_groups} of {groups} groups")
+    check.require(
+        operation, groups == top_groups or experts >= 2 * groups, "a group needs two experts to be ranked"
+    )
+    eligible = experts // groups * top_groups
+    check.require(operation, 1 <= top_k <= eligible, f"top_k {top_k} of {eligible} eligible experts")
+    if ids is not None:
+        check_expert_ids(operation, ids, x.shape[0], top_k)
 
 
 def check_expert_ids(operation: str, expert_ids: Tensor, *shape: int) -> None:

@@ -35,6 +35,21 @@ def route(
     return chosen if ids is None else ids.copy_(chosen), weights * scale if scale != 1.0 else weights
 
 
+def route_groups(
+    x: Tensor,
+    weight: Matrix,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ops/moe.py."""
+    ids, weights = route(x, weight, top_k, groups, top_groups, renormalise, scale, ids)
+    return ids, weights, *group_by_expert(ids, weight.shape[0])
+
+
 def _mask_groups(scores: Tensor, groups: int, top_groups: int) -> Tensor:
     """-1, less than any probability, for every expert outside its row's best groups."""
     grouped = scores.unflatten(-1, (groups, -1))
@@ -94,9 +109,7 @@ def expert_terms(
     return Terms(torch.cat(values), weights, x.dtype)
 
 
-def _by_slot(
-    x: Tensor, gate_up: Matrix, down: Matrix, weights: Tensor, order: Tensor, starts: Tensor
-) -> Tensor:
+def _by_slot(x: Tensor, gate_up: Matrix, down: Matrix, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     """Outputs of the experts of every pair of a token and a slot, [T*K,D]."""
     rows = x[order // weights.shape[1]]
     outputs = _each_expert(rows, _by_expert(gate_up), _by_expert(down), starts.tolist())

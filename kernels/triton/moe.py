@@ -41,6 +41,7 @@ from cierzo.kernels.triton.linear import gated_mlp_into
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 from cierzo.kernels.triton.terms import sum_terms
 
+
 @kernel
 def _expert_tile(
     starts_ptr, tokens,

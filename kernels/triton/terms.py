@@ -49,9 +49,7 @@ def _sum_terms(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    total = load_rows(
-        x_ptr, shares_ptr, row, columns, columns < D, tokens, X_STRIDE, PARTS, SLOTS, SHARED, dtype
-    )
+    total = load_rows(x_ptr, shares_ptr, row, columns, columns < D, tokens, X_STRIDE, PARTS, SLOTS, SHARED, dtype)
     tl.store(out_ptr + row * D + columns, total.to(dtype), mask=columns < D)
 
 

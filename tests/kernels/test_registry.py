@@ -105,12 +105,14 @@ def test_an_operation_before_bind_says_so() -> None:
 # Single operations whose plain-torch form promises no row its bits, and what is made of single operations.
 DEPENDING = {
     *("rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8", "linear", "lm_head", "gated_mlp", "route"),
-    *("linear_terms", "expert_terms", "expert_mlp", "write_normed_latents", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
+    *("linear_terms", "expert_terms", "norm_latents", "rotate_and_absorb", "route_groups"),
+    *("expert_mlp", "write_normed_latents", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
     *("gqa_prefill", "gqa_decode"),
 }
 IN_TORCH, COMPOSED_OF_DEPENDING = (f"{name}, bits depend on the rows beside" for name in ("torch", "composed"))
 COMPOSED = {"mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"}
-ON_CPU = {"linear_terms", "expert_terms"}  # fused on a GPU, composed on a CPU
+# Composed on a CPU alone.
+ON_CPU = {"linear_terms", "expert_terms", "norm_latents", "rotate_and_absorb", "route_groups"}
 
 
 def described(device_name: str, **options: Any) -> dict[str, set[str]]:
@@ -137,7 +139,7 @@ def test_the_table_of_a_gpu() -> None:
     found = described("cuda:1")
     assert set(found) == {"triton, exact", "cuda, exact", "composed, exact"}
     assert found["composed, exact"] == COMPOSED
-    assert found["triton, exact"] >= DEPENDING - {"route"}
+    assert found["triton, exact"] >= DEPENDING - {"route", "route_groups"}
     assert found["cuda, exact"] >= {"route", "group_by_expert", "draw"}
 
 
@@ -177,11 +179,11 @@ def test_the_table_of_a_cpu() -> None:
     found = described("cpu", implementations={"mla_block": "composed", "route": "torch"})
     (native,) = (names for heading, names in found.items() if heading.startswith("native "))
     assert found[IN_TORCH] == {"rms_norm_fp8", "add_rms_norm_fp8", "route"}
-    assert found["composed, exact"] == {"mla_block"} | ON_CPU
+    assert found["composed, exact"] == {"mla_block"} | ON_CPU - {"route_groups"}
     assert {"moe_block", "decoder", "linear"} <= native  # in C++ they call none of the bound operations
     composed = {"moe_block": "composed", "decoder": "composed"}
     found = described("cpu", implementations={**composed, "route": "torch"})
-    assert found[COMPOSED_OF_DEPENDING] == {"moe_block", "decoder"}
+    assert found[COMPOSED_OF_DEPENDING] == {"moe_block", "decoder", "route_groups"}
 
 
 def test_compositions_call_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
