@@ -33,6 +33,7 @@ from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.terms import Terms
 
 BLOCK_TOKENS = 32
 EPS = 1e-6
@@ -120,8 +121,8 @@ def apply_rope(model: ModelSizes, size: Size, make: Maker) -> Call:
 # --- dense products ----------------------------------------------------------------------------------------
 
 
-@case(of="weights", rowwise=True, models=(*MODELS, LATENTS))
-def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("linear", "linear_terms", of="weights", rowwise=True, models=(*MODELS, LATENTS))
+def linear(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The projection after attention."""
     k, n = model.projections[-1]
     x, weights = make.noise(size.rows, k), make.cold(lambda: (make.matrix(n, k),))
@@ -153,8 +154,8 @@ def random_experts(model: ModelSizes, size: Size) -> Tensor:
     return scores.topk(model.top_k).indices
 
 
-@case(needs="experts")
-def route(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("route", "route_groups", needs="experts")
+def route(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The router in the checkpoint's bf16."""
     x = make.noise(size.rows, model.hidden)
     weights = make.cold(lambda: (make.plain(model.experts, model.hidden),))
@@ -176,8 +177,8 @@ def expert_weights(width: int, model: ModelSizes, make: Maker, *experts: int) ->
     return gate_up, make.matrix(*experts, model.hidden, width, block=(model.hidden, width))
 
 
-@case(needs="experts", of="weights")
-def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("expert_mlp", "expert_terms", needs="experts", of="weights")
+def expert_mlp(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """Random choices, and the shared expert."""
     ids = random_experts(model, size)
     order = ids.flatten().sort(stable=True)
@@ -187,6 +188,18 @@ def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     shared = expert_weights(model.shared_width, model, make)
     work = operations.expert_mlp(model, size.rows, len(ids.unique()), make.weights)
     return [(x, *routed, shares, order.indices, starts, *shared)], work
+
+
+@case(needs="experts")
+def sum_terms(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Outputs of each token's experts, and of the shared one."""
+    return [(expert_outputs(model, size, make),)], operations.moved("sum_terms", model, size.rows)
+
+
+def expert_outputs(model: ModelSizes, size: Size, make: Maker) -> Terms:
+    """Terms as experts leave them."""
+    weights = torch.full((size.rows, model.top_k), 1 / model.top_k, device=make.device)
+    return Terms(make.noise(size.rows * (model.top_k + 1), model.hidden), weights, torch.bfloat16)
 
 
 # --- pages of the cache ------------------------------------------------------------------------------------
@@ -242,6 +255,22 @@ def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(*pages, *arguments) for pages in pages_of(model, size, make)], work
 
 
+@case("norm_latents", needs="rank", of="pages", changes=(7,))
+def norm_latents(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """A row of MLA's first product for each token: both norms, the rotation and the cache entry."""
+    x = make.noise(size.rows, model.query_rank + model.page_values)
+    before = (
+        x,
+        make.noise(model.query_rank),
+        make.noise(model.rank),
+        EPS,
+        *tables(size.rows, model.rope // 2),
+        True,
+    )
+    work = operations.moved("norm_latents", model, size.rows, make.kv_dtype.itemsize)
+    return [(*before, *pages, slots_of(size), False, None) for pages in pages_of(model, size, make)], work
+
+
 @case("copy_blocks", "scatter_blocks", changes=(0,))
 @case("gather_blocks", changes=(2,))
 def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
@@ -256,6 +285,17 @@ def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
 
 
 # --- attention ---------------------------------------------------------------------------------------------
+
+
+@case(needs="rank", decodes=True)
+def rotate_and_absorb(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated queries, rotated and scaled, times a matrix of each head, which stays plain."""
+    q = make.noise(size.rows, model.heads * (model.nope + model.rope))
+    scale = torch.rand(size.rows, generator=torch.Generator().manual_seed(2)) + 1
+    weights = make.cold(lambda: (make.plain(model.heads, model.rank, model.nope),))
+    angles = tables(size.rows, model.rope // 2)
+    work = operations.rotate_and_absorb(model, size.rows)
+    return [(q, *matrices, *angles, True, scale) for matrices in weights], work
 
 
 @case("mla_absorb", "mla_unabsorb", needs="rank", decodes=True, rowwise=True)

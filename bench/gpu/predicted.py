@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from cierzo.bench.gpu import nvrtc
-from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
+from cierzo.bench.gpu.calls import expert_outputs, make_call
+from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Maker, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
@@ -53,11 +53,11 @@ SIZES = (
 # What a step of each model launches: of the cases of operations those that a model on a GPU calls.
 LAUNCHED = {
     SMALL4: (
-        "add_rms_norm", "linear", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents", "mla_prefill",
-        "mla_absorb", "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_mlp", "lm_head", "draw",
+        "add_rms_norm", "linear_terms", "rope_tables", "apply_rope", "norm_latents", "mla_prefill",
+        "rotate_and_absorb", "mla_decode", "mla_unabsorb", "route_groups", "expert_terms", "lm_head", "draw",
     ),
     SMALL3: (
-        "add_rms_norm", "linear", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
+        "add_rms_norm", "linear_terms", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
         "gated_mlp", "lm_head", "draw",
     ),
 }  # fmt: skip
@@ -162,13 +162,14 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expert_gate_up": _experts,
     "expert_down": _experts,
     "linear": _linear,
-    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts", "sum_slots"), lambda *_: Part()),
+    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts"), lambda *_: Part()),
     "mla_attend": _attend,
     "gqa_attend": _attend,
     "combine": _combine,
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,
+    "route_groups_bf16_bf16": _logits,
     "route_choose": lambda call, _: Part(
         num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
     ),
@@ -237,11 +238,12 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
     code = functions(nvrtc.disassembled(cubin))[name]
     found, usage = loops(code), nvrtc.usage(cubin)[name]
-    routes = name.startswith("route_logits")
+    routes = name.startswith(("route_logits", "route_groups"))
     drawn = name.startswith(DRAWN)  # loops over bins, and searches: each counts once, though most run but in part
-    loop = None if drawn else main_loop(code)
-    if routes and warps > 4:  # the loop of many rows, not of few
+    if name.startswith("route_groups") or (routes and warps > 4):  # the logits' loop; of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
+    else:
+        loop = None if drawn else main_loop(code)
     if loop is None:
         loop = Loop({}, {})
     # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.
@@ -286,12 +288,14 @@ def calls() -> Iterator[tuple[str, list[Call]]]:
             for format in CASES[operation].formats:
                 if format != LEFT_OUT and CASES[operation].has(model, size):
                     found = [_call(operation, one, size, format) for one in _models(operation, model)]
+                    if operation == "add_rms_norm" and model.experts:
+                        found.append(_after_experts(found[0]))
                     yield f"{operation}, {model.name}, {size.name}, {format}", found
 
 
 def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
     """The sizes with which a model calls an operation: linear's case has the product behind attention."""
-    if operation == "linear":
+    if operation in ("linear", "linear_terms"):
         return [replace(model, hidden=n, heads=1, head_dim=k, value_dim=k) for k, n in model.projections]
     return [LATENT_QUERIES] if operation == "rms_norm" else [model]
 
@@ -299,10 +303,18 @@ def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
 def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
     (arguments, *_), work = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
     call = Call(operation, model, size, format, work, arguments)
-    if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
+    if operation in ("expert_mlp", "expert_terms"):  # of the mean of all choices, not of the one that was drawn
         weights = format.partition(" x ")[0]
         call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, weights))
     return call
+
+
+def _after_experts(call: Call) -> Call:
+    """The norm that adds up what experts leave."""
+    make = Maker(device="meta")
+    arguments = (expert_outputs(call.model, call.size, make), *call.arguments[1:])
+    num_bytes = call.work.num_bytes + call.size.rows * call.model.top_k * (call.model.hidden * 2 + 4)
+    return replace(call, arguments=arguments, work=replace(call.work, num_bytes=num_bytes))
 
 
 def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:

@@ -87,10 +87,16 @@ MOVED: dict[str, Callable[[ModelSizes, Number, int], Number]] = {
     "write_normed_latents": lambda s, rows, page: (  # the norm's weights, and angles
         rows * (s.page_values * (s.value_bytes + page) + s.rope * FP32) + s.rank * s.value_bytes
     ),
+    "norm_latents": lambda s, rows, page: (  # write_normed_latents, beside the queries' latents
+        MOVED["write_normed_latents"](s, rows, page) + (2 * rows + 1) * s.query_rank * s.value_bytes
+    ),
     "rotate_and_write_keys_values": lambda s, rows, page: (  # queries in place, and angles
         rows * (s.page_values * (s.value_bytes + page) + s.head_dim * (2 * s.heads * s.value_bytes + FP32))
     ),
     "group_by_expert": lambda s, rows, _: (2 * rows * s.top_k + s.experts + 1) * INT64,
+    "sum_terms": lambda s, rows, _: (
+        rows * (s.hidden * (s.top_k + 2) * s.value_bytes + s.top_k * FP32)
+    ),  # and shared
     "peaks": lambda s, rows, _: rows * s.vocab * FP32,
     "draw": lambda s, rows, _: rows * s.vocab * FP32,
     "top_tokens": lambda s, rows, _: rows * s.vocab * FP32,
@@ -162,6 +168,13 @@ def by_head(operation: str, s: ModelSizes, rows: Number) -> Work:
     k, n = (s.nope, s.rank) if operation == "mla_absorb" else (s.rank, s.value_dim)
     moved = s.heads * (n * k + rows * (k + n)) * s.value_bytes
     return Work(operation, moved, 2 * rows * s.heads * k * n, replicated_bytes=moved)
+
+
+def rotate_and_absorb(s: ModelSizes, rows: Number) -> Work:
+    """mla_absorb of queries that are rotated, and scaled, on the way."""
+    absorbed, angles = by_head("mla_absorb", s, rows), rows * (s.rope + 1) * FP32
+    moved = {"num_bytes": absorbed.num_bytes + angles, "replicated_bytes": absorbed.replicated_bytes + angles}
+    return replace(absorbed, operation="rotate_and_absorb", **moved)
 
 
 def mla_decode(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:

@@ -10,6 +10,7 @@ products that begins at zero, and the parts are added in order, in fp32.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from torch import Tensor
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
 from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
@@ -117,6 +119,11 @@ def linear(x: Rows, weight: Matrix) -> Tensor:
     return _multiply("linear", x, weight, _empty(x, weight.shape[0]))
 
 
+def linear_terms(x: Rows, weight: Matrix) -> Summands:
+    """See ops/linear.py."""
+    return _multiply("linear_terms", x, weight, _empty(x, weight.shape[0]), terms=True)
+
+
 def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
     out = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
@@ -165,8 +172,10 @@ def _multiply(
     copied: int = 0,
     static: Tensor | None = None,
     out_scales: Tensor | None = None,
-) -> Tensor:
-    """out = x @ matrix^T. static, out_scales: for e4m3 out, the scale to quantise by, and the rows' scales."""
+    terms: bool = False,
+) -> Any:
+    """out = x @ matrix^T. static, out_scales: for e4m3 out, the scale to quantise by, and the rows' scales. terms:
+    parts of k that are apart are given as they are, and out is not written."""
     weights = Weights.of(operation, matrix)
     tokens = x.shape[0]
     if isinstance(x, Tensor) and takes_fp8(matrix):
@@ -193,6 +202,8 @@ def _multiply(
     present = {name: tensor for name, tensor in scales.items() if tensor is not None}
     present |= pointers(matrix, chosen.described)
     launch(configuration, grid, x_ptr=x, out_ptr=target, tokens=tokens, **present)
+    if cut.apart and terms:
+        return Terms(target, None, out.dtype)
     if cut.apart:
         configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
         sums = (tokens, triton.cdiv(weights.rows, SUM_BLOCK))

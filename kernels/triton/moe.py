@@ -1,4 +1,4 @@
-"""Experts of a layer in three launches: gate, up and their product; down; the sum over a token's slots.
+"""Experts of a layer in two launches: gate, up and their product; down. They leave a token's terms (ops/terms.py).
 
 The pairs of tokens and slots are sorted by expert; the tokens of the shared expert follow:
 
@@ -6,7 +6,7 @@ The pairs of tokens and slots are sorted by expert; the tokens of the shared exp
              pair order[row], by expert        token row - T*K, the shared expert
 
     inner [T*K + T, F]    in that order: written by the first launch, read by the second
-    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which the third launch adds, are contiguous
+    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which are added next, are contiguous
 
 For experts that take their activations in FP8, a kernel before the first launch quantises `x` into that order.
 `inner` is quantised by the first launch if its scales are static, else by a kernel before the second.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Terms
 from cierzo.kernels.triton.activations import (
     empty_rows,
     pair_of,
@@ -39,8 +40,7 @@ from cierzo.kernels.triton.heuristics import Tile, reading, rows_of_most, spread
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into, multiprocessors
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
-
-SUM_BLOCK = 1024  # values of a token's output for one program of the third launch
+from cierzo.kernels.triton.terms import sum_terms
 
 
 @kernel
@@ -168,27 +168,7 @@ def _expert_down(
     tl.store(pointers, total.to(outputs_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel
-def _sum_slots(
-    outputs_ptr, weights_ptr, out_ptr, tokens,
-    D: tl.constexpr, SLOTS: tl.constexpr, WITH_SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[token] = the sum of weight * output over its slots in order, then the shared expert's output."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < D
-    total = tl.zeros((BLOCK,), tl.float32)
-    for slot in tl.static_range(SLOTS):
-        row = outputs_ptr + (token * SLOTS + slot) * D + columns
-        part = tl.load(row, mask=inside, other=0.0).to(tl.float32) * tl.load(weights_ptr + token * SLOTS + slot)
-        total = part if slot == 0 else total + part
-    if WITH_SHARED:
-        row = outputs_ptr + (tokens.to(tl.int64) * SLOTS + token) * D + columns
-        total += tl.load(row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def expert_mlp(
+def expert_terms(
     x: Tensor,
     gate_up: Matrix,
     down: Matrix,
@@ -197,7 +177,7 @@ def expert_mlp(
     starts: Tensor,
     shared_gate_up: Matrix | None,
     shared_down: Matrix | None,
-) -> Tensor:
+) -> Terms:
     """See ops/moe.py. A shared expert of the same width and format as the others is one more expert in their
     launches; any other has launches of its own."""
     tokens, slots = weights.shape
@@ -246,11 +226,21 @@ def expert_mlp(
     run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
     if shared_gate_up is not None and shared_down is not None and not together:
         gated_mlp_into(x, shared_gate_up, shared_down, outputs[pairs:])
-    out = x.new_empty(x.shape)
-    grid = (tokens, triton.cdiv(width, SUM_BLOCK))
-    configuration = sum_configuration(POINTER[x.dtype], width, slots, with_shared)
-    launch(configuration, grid, outputs_ptr=outputs, weights_ptr=weights, out_ptr=out, tokens=tokens)
-    return out
+    return Terms(outputs, weights, x.dtype)
+
+
+def expert_mlp(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Tensor:
+    """See ops/moe.py."""
+    return sum_terms(expert_terms(x, gate_up, down, weights, order, starts, shared_gate_up, shared_down))
 
 
 def most_tiles(tokens: int, slots: int, experts: int, block_t: int, shared: bool) -> int:
@@ -347,12 +337,3 @@ def _grouped(
         num_stages=chosen.num_stages,
         blocks=chosen.blocks(codes=names, rows=[dense] if in_pairs else []),
     )
-
-
-@kept
-def sum_configuration(pointer: str, width: int, slots: int, shared: bool) -> Configuration:
-    """pointer: to the activations, such as "*bf16"."""
-    types = {"outputs_ptr": pointer, "weights_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
-    block = min(SUM_BLOCK, triton.next_power_of_2(width))
-    constants = {"D": width, "SLOTS": slots, "WITH_SHARED": shared, "BLOCK": block}
-    return Configuration(_sum_slots, types, constants, num_warps=4)

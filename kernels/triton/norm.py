@@ -1,4 +1,5 @@
-"""RMS normalisation: one program holds a whole row, so that no other row changes its bits."""
+"""RMS normalisation: one program holds a whole row, so that no other row changes its bits. What is added to a
+residual may come as terms (terms.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.formats.activations import QuantisedRows
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.activations import (
     code_types,
     empty_rows,
@@ -17,6 +19,7 @@ from cierzo.kernels.triton.activations import (
     store_row,
 )
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
+from cierzo.kernels.triton.terms import Layout, arguments, load_rows
 
 
 @kernel
@@ -43,13 +46,15 @@ def _store_normed(
 
 @kernel
 def _rms_norm(
-    x_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps,
-    X_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
+    x_ptr, shares_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
-    x = tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    x = load_rows(x_ptr, shares_ptr, row, columns, inside, tokens, X_STRIDE, PARTS, SLOTS, SHARED, dtype)
     _store_normed(
         x, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, row, columns, inside, D, CODES, STATIC
     )
@@ -57,18 +62,18 @@ def _rms_norm(
 
 @kernel
 def _add_rms_norm(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps,
-    X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr, STATIC: tl.constexpr,
+    x_ptr, shares_ptr, residual_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """_rms_norm of x + residual, which becomes the residual."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
-    x = tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
+    x = load_rows(x_ptr, shares_ptr, row, columns, inside, tokens, X_STRIDE, PARTS, SLOTS, SHARED, dtype)
     residual_row = residual_ptr + row * RESIDUAL_STRIDE + columns
-    total = x + tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
-    total = total.to(residual_ptr.dtype.element_ty)
+    total = (x + tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)).to(dtype)
     tl.store(residual_row, total, mask=inside)
     x = total.to(tl.float32)
     _store_normed(
@@ -90,18 +95,18 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) ->
     return rows
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Summands, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ops/norm.py."""
-    out = x.new_empty(x.shape)
+    out = residual.new_empty(residual.shape)
     _launch(x, residual, weight, eps, "", out_ptr=out)
     return out
 
 
 def add_rms_norm_fp8(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
+    x: Summands, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
 ) -> QuantisedRows:
     """See ops/norm.py."""
-    rows = empty_rows(x, *x.shape)
+    rows = empty_rows(residual, *residual.shape)
     _launch(x, residual, weight, eps, "by row" if scale is None else "static", **row_pointers(rows, scale))
     return rows
 
@@ -110,23 +115,23 @@ Codes = Literal["", "static", "by row"]  # values as they are, or e4m3 by a stat
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codes: Codes, **written: Tensor
+    x: Summands, residual: Tensor | None, weight: Tensor, eps: float, codes: Codes, **written: Tensor
 ) -> None:
     stride = None if residual is None else residual.stride(0)
-    configuration = norm_configuration(POINTER[x.dtype], x.shape[1], x.stride(0), codes, stride)
-    tensors = {"x_ptr": x, "weight_ptr": weight, **written}
+    configuration = norm_configuration(POINTER[x.dtype], x.shape[1], Layout.of(x), codes, stride)
+    tensors = {"weight_ptr": weight, **written}
     if residual is not None:
         tensors["residual_ptr"] = residual
-    launch(configuration, (len(x),), eps=eps, **tensors)
+    launch(configuration, (x.shape[0],), eps=eps, **arguments(x), **tensors)
 
 
 @kept
 def norm_configuration(
-    pointer: str, width: int, stride: int, codes: Codes = "", residual_stride: int | None = None
+    pointer: str, width: int, layout: Layout, codes: Codes = "", residual_stride: int | None = None
 ) -> Configuration:
-    """pointer: to the values, such as "*bf16". Strides: of rows, in values; None without a residual."""
-    types = dict.fromkeys(("x_ptr", "weight_ptr"), pointer)
-    constants: dict[str, Any] = {"X_STRIDE": stride, **row_constants(width)}
+    """pointer: to the normed values, such as "*bf16". Strides: of rows, in values; None without a residual."""
+    types = {**layout.types, "weight_ptr": pointer}
+    constants: dict[str, Any] = {**layout.constants, **row_constants(width)}
     if residual_stride is not None:
         types["residual_ptr"] = pointer
         constants["RESIDUAL_STRIDE"] = residual_stride

@@ -1,0 +1,39 @@
+"""MLA's latents and absorbed queries in plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cierzo.kernels.formats.activations import Rows
+from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Summands
+from cierzo.kernels.ref import attention, norm, rope
+from cierzo.kernels.ref.terms import rows_of
+
+
+def norm_latents(
+    x: Summands,
+    query_norm: Tensor,
+    kv_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    pages: Tensor,
+    slots: Tensor,
+    quantised: bool,
+    scale: Tensor | None,
+) -> Rows:
+    """See ops/latents.py."""
+    q, kv = rows_of(x).tensor_split((len(query_norm),), dim=1)
+    attention.write_normed_latents(pages, slots, kv, kv_norm, eps, cos, sin, interleaved)
+    return norm.rms_norm_fp8(q, query_norm, eps, scale) if quantised else norm.rms_norm(q, query_norm, eps)
+
+
+def rotate_and_absorb(
+    q: Summands, w_uk_t: Matrix, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None
+) -> Tensor:
+    """See ops/latents.py."""
+    heads, first = rows_of(q).unflatten(1, (w_uk_t.shape[0], -1)), len(cos) - q.shape[0]
+    rope.apply_rope(heads, cos[first:], sin[first:], interleaved, None if scale is None else scale[first:])
+    return attention.mla_absorb(heads, w_uk_t)

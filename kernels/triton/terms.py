@@ -1,0 +1,96 @@
+"""Rows that are loaded whole, or as the terms that make them up (ops/terms.py), which are added while loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cierzo.kernels.ops.terms import Summands, Terms
+from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+
+SUM_BLOCK = 1024  # values of a row that one program adds up
+
+
+@kernel
+def load_rows(
+    x_ptr, shares_ptr, row, columns, inside, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Values of row `row` (int64) at `columns`, zeros where not `inside`: fp32, rounded to `dtype`. PARTS, SLOTS:
+    the number of terms, else 0; SLOTS: by the weights shares_ptr [tokens,SLOTS], then the SHARED one."""
+    if PARTS > 0:
+        total = columns * 0.0
+        for part in tl.static_range(PARTS):
+            start = (part * tokens.to(tl.int64) + row) * X_STRIDE
+            total += tl.load(x_ptr + start + columns, mask=inside, other=0.0)
+        return total.to(dtype).to(tl.float32)
+    if SLOTS > 0:
+        start = x_ptr + row * (SLOTS * X_STRIDE)
+        total = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32) * tl.load(shares_ptr + row * SLOTS)
+        for slot in tl.static_range(1, SLOTS):
+            value = tl.load(start + slot * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+            total += value * tl.load(shares_ptr + row * SLOTS + slot)
+        if SHARED:
+            start = x_ptr + (tokens.to(tl.int64) * SLOTS + row) * X_STRIDE
+            total += tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
+        return total.to(dtype).to(tl.float32)
+    return tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@kernel
+def _sum_terms(
+    x_ptr, shares_ptr, out_ptr, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    total = load_rows(x_ptr, shares_ptr, row, columns, columns < D, tokens, X_STRIDE, PARTS, SLOTS, SHARED, dtype)
+    tl.store(out_ptr + row * D + columns, total.to(dtype), mask=columns < D)
+
+
+def sum_terms(terms: Terms) -> Tensor:
+    """See ops/terms.py."""
+    rows, width = terms.shape
+    out = terms.values.new_empty(rows, width, dtype=terms.dtype)
+    configuration = sum_configuration(POINTER[terms.dtype], Layout.of(terms), width)
+    grid = (rows, triton.cdiv(width, configuration.constants["BLOCK"]))
+    launch(configuration, grid, out_ptr=out, **arguments(terms))
+    return out
+
+
+class Layout:
+    """How rows lie in memory: types and constants of load_rows."""
+
+    def __init__(self, pointer: str, stride: int, parts: int = 0, slots: int = 0, shared: bool = False) -> None:
+        """pointer: to the values, such as "*bf16". stride: from a row, or a term of it, to the next, in values."""
+        self.types = {"x_ptr": pointer} | ({"tokens": "i32"} if parts or slots else {})
+        self.types |= {"shares_ptr": "*fp32"} if slots else {}
+        missing: dict[str, Any] = dict.fromkeys(sorted({"shares_ptr", "tokens"} - self.types.keys()))
+        self.constants = {"X_STRIDE": stride, "PARTS": parts, "SLOTS": slots, "SHARED": shared, **missing}
+
+    @classmethod
+    def of(cls, rows: Summands) -> Layout:
+        """Layout of rows or terms."""
+        if isinstance(rows, Tensor):
+            return cls(POINTER[rows.dtype], rows.stride(0))
+        return cls(POINTER[rows.values.dtype], rows.shape[1], rows.parts, rows.slots, rows.shared)
+
+
+def arguments(rows: Summands) -> dict[str, Any]:
+    """Arguments that Layout.types names."""
+    if isinstance(rows, Tensor):
+        return {"x_ptr": rows}
+    shares = {} if rows.weights is None else {"shares_ptr": rows.weights}
+    return {"x_ptr": rows.values, "tokens": rows.shape[0], **shares}
+
+
+def sum_configuration(pointer: str, layout: Layout, width: int) -> Configuration:
+    """pointer: to the sums, such as "*bf16"."""
+    block = min(SUM_BLOCK, triton.next_power_of_2(width))
+    constants = {**layout.constants, "D": width, "BLOCK": block}
+    return Configuration(_sum_terms, {**layout.types, "out_ptr": pointer}, constants, num_warps=4)
