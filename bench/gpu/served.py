@@ -36,6 +36,7 @@ from cierzo.engine.worker.runner import ModelRunner, make_pool
 from cierzo.engine.worker.warm import Compilation
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import in_fp8, quantise, stack
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
@@ -85,9 +86,12 @@ class RandomMatrices(DeviceMatrices):
             return self._random(request.shape)
         *experts, n, k = request.shape
         matrix = quantise(self._random((n, k)), format)
+        by_fp8 = self._activations in NUMBER_FORMATS[format].activations
+        if format == "fp8" and not by_fp8:
+            matrix = fp8.weave(matrix)
         if experts:
             matrix = stack([matrix] * experts[0])
-        return in_fp8(matrix) if self._activations in NUMBER_FORMATS[format].activations else matrix
+        return in_fp8(matrix) if by_fp8 else matrix
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device=self._device) * shape[-1] ** -0.5

@@ -73,7 +73,7 @@ class DeviceMatrices:
             kept = _kept(parameter, format)
             matrix = kept.to(self._device) if kept is not None else _quantised(parameter, format, self._device)
             if self._activations not in NUMBER_FORMATS[format].activations:
-                return matrix
+                return fp8.weave(matrix) if format == "fp8" else matrix
             scales = _activation_scales(parameter)
             return in_fp8(matrix, None if scales is None else scales.to(self._device))
         except DeviceFormatError as error:

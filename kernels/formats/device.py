@@ -43,7 +43,8 @@ class DeviceMatrix:
 
     dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. activations: "plain",
     as they come; "fp8": quantised before the product, by the static activation_scales, fp32 [E], where a checkpoint
-    has them, else row by row. `shape` and `dtype` are there so that a door can check it like a tensor.
+    has them, else row by row. woven: codes of fp8 lie in the order of `fp8.weave`. `shape` and `dtype` are there so
+    that a door can check it like a tensor.
     """
 
     format: str
@@ -55,6 +56,12 @@ class DeviceMatrix:
     block: tuple[int, int]
     activations: Literal["plain", "fp8"] = "plain"
     activation_scales: Tensor | None = None
+    woven: bool = False
+
+    @property
+    def layout(self) -> str:
+        """The format, with the order of its codes if that is not the usual one."""
+        return f"{self.format} woven" if self.woven else self.format
 
     def __getitem__(self, expert: int) -> DeviceMatrix:
         """The [n,k] of one expert, in the same memory."""
@@ -94,6 +101,8 @@ def in_fp8(matrix: DeviceMatrix, scales: Tensor | None = None) -> DeviceMatrix:
     """
     if "fp8" not in NUMBER_FORMATS[matrix.format].activations:
         raise DeviceFormatError(f"activations in fp8 meet weights in fp8 alone, got {matrix.format}")
+    if matrix.woven:
+        raise DeviceFormatError("activations in fp8 meet codes in their natural order")
     if scales is None:
         return replace(matrix, activations="fp8", activation_scales=None)
     if scales.numel() != len(matrix.codes):
@@ -141,7 +150,7 @@ def dequantise(matrix: DeviceMatrix) -> Tensor:
 def stack(matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
     """[n,k] matrices of one format and size -> [E,n,k]."""
     first = matrices[0]
-    if any((one.format, one.shape, one.block) != (first.format, first.shape, first.block) for one in matrices):
+    if any((one.layout, one.shape, one.block) != (first.layout, first.shape, first.block) for one in matrices):
         raise DeviceFormatError(f"{first.format} {list(first.shape)}: matrices that are stacked must be alike")
     if any(one.activations != "plain" for one in matrices):
         raise DeviceFormatError("matrices are stacked before their activations are said to be in fp8")
@@ -154,6 +163,7 @@ def stack(matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
         joined([one.scales for one in matrices]),
         joined(row_scales) if row_scales else None,
         first.block,
+        woven=first.woven,
     )
 
 
