@@ -38,7 +38,6 @@ from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import in_fp8, quantise, stack
-from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
@@ -81,12 +80,12 @@ class RandomMatrices(DeviceMatrices):
 
     def matrix(self, request: MatrixRequest) -> Matrix:
         """A matrix of the shape that is asked for; `request.make` is not called."""
-        format = self._weights.of(request.role, "cuda", self._plain)
+        format = self.format_of(request.role)
         if format == self._plain:
             return self._random(request.shape)
         *experts, n, k = request.shape
         matrix = quantise(self._random((n, k)), format)
-        by_fp8 = self._activations in NUMBER_FORMATS[format].activations
+        by_fp8 = self.takes_fp8(request.role, format)
         if format == "fp8" and not by_fp8:
             matrix = fp8.weave(matrix)
         if experts:
@@ -149,7 +148,7 @@ def make_model(config: EngineConfig, device: torch.device) -> Decoder:
         name: torch.empty(spec.shape, dtype=torch.bfloat16, device="meta")
         for name, spec in parameter_specs(config.model).items()
     }
-    matrices = RandomMatrices(config.weights, torch.bfloat16, device, config.activations)
+    matrices = RandomMatrices(config.weights, torch.bfloat16, device, config.activations, config.head)
     return build_model(config.model, stored, device=device, dtype=torch.bfloat16, matrices=matrices)
 
 

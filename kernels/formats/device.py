@@ -1,7 +1,7 @@
 """`DeviceMatrix`: weights in few bits, in the order in which the GPU kernels read them: rows of k, as stored.
 
     format   codes                                             scales                                  row_scales
-    fp8      e4m3 [E,n,k]                                      float32 [E, n/b, k/c], one a block      none
+    fp8      e4m3 [E,n,k]; woven int32 [E,n,k/4] (fp8.py)      float32 [E, n/b, k/c], one a block      none
     nvfp4    uint8 [E,n,k/2]: column 2j in the low half of     e4m3 [E,n,k/16]                         float32 [E,n]
              byte j, column 2j + 1 in the high half
     mxfp4    uint8 [E,n,k/2], the same                         uint8 [E,n,k/32], the exponent of two   none
@@ -9,9 +9,10 @@
 
     value    fp8: e4m3(code) * scale.  nvfp4: e2m1(code) * scale * row scale.  mxfp4: e2m1(code) * 2^(scale - 127)
 
-The order is that of the published checkpoints, whose tensors are taken over as they are. Kernels widen a code to
-the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and its scale exactly;
-scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain tensors.
+The order is that of the published checkpoints, whose tensors are taken over as they are, but for woven ones.
+Kernels widen a code to the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and
+its scale exactly; scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain
+tensors.
 
 An fp8 matrix may ask for activations in fp8 too (`in_fp8`, activations.py): codes are then multiplied as they are.
 """

@@ -60,7 +60,7 @@ def quantise(weight: Tensor, dtype: torch.dtype, block: tuple[int, int] | None =
 def dequantise(matrix: DeviceMatrix) -> Tensor:
     """The values, float32 [E,n,k]."""
     codes = _unwoven(matrix.codes) if matrix.woven else matrix.codes
-    return codes.float() * _spread(matrix.scales, matrix.block, matrix.codes)
+    return codes.float() * _spread(matrix.scales, matrix.block, codes)
 
 
 def weave(matrix: DeviceMatrix) -> DeviceMatrix:
@@ -68,22 +68,23 @@ def weave(matrix: DeviceMatrix) -> DeviceMatrix:
     fp32, or in columns that are no multiple of 64. Raises DeviceFormatError for a code that stands for NaN."""
     if matrix.woven or matrix.activations != "plain" or matrix.dtype != torch.bfloat16 or matrix.shape[-1] % WOVEN:
         return matrix
-    codes = torch.empty_like(matrix.codes)
-    if codes.is_meta:
-        return replace(matrix, codes=codes, woven=True)
-    for stored, woven in zip(matrix.codes, codes, strict=True):  # in the memory of one more expert
+    experts, n, k = matrix.codes.shape
+    words = torch.empty(experts, n, k // WORD, dtype=torch.int32, device=matrix.codes.device)
+    if words.is_meta:
+        return replace(matrix, codes=words, woven=True)
+    for stored, woven in zip(matrix.codes, words, strict=True):  # in the memory of one more expert
         if bool((stored.view(torch.uint8) & NAN == NAN).any()):
             raise DeviceFormatError("fp8: a code is NaN")
-        woven.view(torch.uint8).copy_(_woven(stored).view(torch.uint8))
-    return replace(matrix, codes=codes, woven=True)
+        woven.copy_(_woven(stored))
+    return replace(matrix, codes=words, woven=True)
 
 
 def _woven(codes: Tensor) -> Tensor:
-    return codes.view(torch.int16).unflatten(-1, (-1, 4, 2, 4)).movedim(-1, -3).flatten(-4).view(E4M3)
+    return codes.view(torch.int16).unflatten(-1, (-1, 4, 2, 4)).movedim(-1, -3).flatten(-4).view(torch.int32)
 
 
-def _unwoven(codes: Tensor) -> Tensor:
-    return codes.view(torch.int16).unflatten(-1, (-1, 4, 4, 2)).movedim(-3, -1).flatten(-4).view(E4M3)
+def _unwoven(words: Tensor) -> Tensor:
+    return words.view(torch.int16).unflatten(-1, (-1, 4, 4, 2)).movedim(-3, -1).flatten(-4).view(E4M3)
 
 
 def _spread(scales: Tensor, block: tuple[int, int], like: Tensor) -> Tensor:

@@ -276,8 +276,6 @@ class Weights:
 def pointers(matrix: Matrix, described: bool, prefix: str = "") -> dict[str, Tensor]:
     """Arguments that Weights.types names. described: codes as two dimensions, the experts below each other."""
     codes = matrix if isinstance(matrix, Tensor) else matrix.codes  # type: ignore[union-attr]
-    if isinstance(matrix, DeviceMatrix) and matrix.woven:
-        codes = codes.view(torch.int32)
     codes = codes.view(-1, codes.shape[-1]) if described else codes
     if isinstance(matrix, Tensor):
         return {f"{prefix}codes_ptr": codes}

@@ -39,7 +39,7 @@ def test_every_code_widens_exactly() -> None:
     place = fp8.weave(
         fp8.from_codes(torch.arange(64, dtype=torch.uint8).view(1, 64).view(fp8.E4M3), torch.ones(1), BF16)
     )
-    order = place.codes.view(torch.uint8)[0, 0].long()
+    order = place.codes[0, 0].view(torch.uint8).long()
     assert torch.equal(matrix.codes.view(torch.uint8)[0], torch.where(NAN, 0, CODES).view(4, 64)[:, order])
     woven = codes.view(torch.uint8)[:, order].contiguous().view(torch.int32)
     launch(Configuration(_widen, {"words_ptr": "*i32", "out_ptr": "*fp32"}, {}), (1,), words_ptr=woven, out_ptr=out)
