@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from cierzo.kernels.cuda.launch.kernel import Kernel
 from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.triton import linear, moe, norm
-from cierzo.kernels.triton import launch as ours
 from cierzo.kernels.triton.compile import load, warmed
 from cierzo.kernels.triton.launch import Configuration, dry_run, launch, prepared
 from standin.cases import COPY
