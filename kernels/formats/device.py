@@ -10,11 +10,10 @@
 
     value    fp8: e4m3(code) * scale.  4 bits: code's bf16 number * scale's bf16 number * row scale
 
-K is k filled up to a multiple of 128. The codes and scales of published checkpoints are taken over: fp8's as they
-are where they meet FP8 activations, else woven; those in 4 bits in this order; into which they are put once, while
-they are loaded. Kernels widen a code to the activations' bf16, which holds every e4m3 number and every product of an
-e2m1 number and its scale exactly; scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32
-stay plain tensors.
+K is k filled up to a multiple of 128. The codes and scales of published checkpoints are taken over, and put into
+these orders once, while they are loaded; fp8's only where they do not meet activations in fp8. Kernels widen a code
+to the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and its scale exactly;
+scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain tensors.
 
 An fp8 matrix may ask for activations in fp8 too (`in_fp8`, activations.py): codes are then multiplied as they are.
 """

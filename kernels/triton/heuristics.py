@@ -61,8 +61,8 @@ class Tile:
 
 # (format, paired) -> tile, chosen by the code that the compiler generates for sm_90, not yet by timing. Weights of
 # bf16, woven fp8 and 4 bits are on M. Codes of natural order could be too, from registers, but then the compiler
-# copies them in pieces of 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time. fp32 is
-# for tests and runs without tensor cores.
+# copies them in pieces of 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time.
+# fp32 is for tests and runs without tensor cores.
 TILES = {
     ("bf16", False): Tile(block_n=128, block_t=64, block_k=64),
     ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
