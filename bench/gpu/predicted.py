@@ -240,6 +240,7 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     found, usage = loops(code), nvrtc.usage(cubin)[name]
     routes = name.startswith(("route_logits", "route_groups"))
     drawn = name.startswith(DRAWN)  # loops over bins, and searches: each counts once, though most run but in part
+    loop: Loop | None
     if name.startswith("route_groups") or (routes and warps > 4):  # the logits' loop; of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
     else:
