@@ -76,7 +76,7 @@ def told(found: Steps, before: Steps | None, revision: str) -> list[str]:
         head = "" if old is None else f"{revision:>12}{'times':>8}"
         lines += [
             f"{name:44}{'ms':>10}{head}",
-            _line("the whole step", sum(parts.values()), old and sum(old.values())),
+            _line("the whole step", sum(parts.values()), None if old is None else sum(old.values())),
         ]
         every = {**parts, **dict.fromkeys((old or {}).keys() - parts.keys(), 0.0)}
         lines += [
