@@ -31,7 +31,7 @@ from torch import Tensor
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats.device import GROUP, DeviceMatrix
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kernel
+from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kept, kernel
 
 E2M1_BIAS = tl.constexpr(2.0**126)  # from the exponent bias of e2m1 to that of fp32
 LARGEST_MATRIX = 1 << 31  # weights of one expert at most: their offsets are 32 bits wide
@@ -224,6 +224,7 @@ class Weights:
         return cls("plain", POINTER[matrix.dtype], rows, k, matrix.stride(-2), expert_stride)
 
     @classmethod
+    @kept
     def stored(cls, format: str, rows: int, k: int, block: tuple[int, int] | None = None) -> Weights:
         """Layout of contiguous weights in a format: "bf16", "float32", or a DeviceMatrix's. block: rows and columns
         of an fp8 scale, by default one row."""
