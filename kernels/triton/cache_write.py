@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.norm import normed
 from cierzo.kernels.triton.paged import require_pages
@@ -159,7 +160,7 @@ def rotate_and_write_keys_values(
     )
     launch(
         configuration,
-        (qkv.shape[0], triton.cdiv(heads + shared, configuration.constants["HEADS"])),
+        (qkv.shape[0], divide_up(heads + shared, configuration.constants["HEADS"])),
         k_pages_ptr=k_pages,
         v_pages_ptr=v_pages,
         slots_ptr=slots,

@@ -230,7 +230,7 @@ def prepared(configuration: Configuration, compiled: Any, home: torch.device | N
     pointers = [(name, places[name], dtypes[kind]) for name, kind in types.items() if kind in dtypes]
     numbers = [(name, places[name], _LIMITS.get(kind)) for name, kind in types.items() if kind not in dtypes]
     template = [configuration.constants.get(name) for name in kernel.arg_names]
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    run = _launcher(compiled)
     current_stream, index = triton.runtime.driver.active.get_current_stream, _current_device()
     noted, operation, count = kernel.__name__, configuration.name, len(types)
 
@@ -253,7 +253,7 @@ def prepared(configuration: Configuration, compiled: Any, home: torch.device | N
         x, y, z, *_ = (*grid, 1, 1)
         note(noted)
         try:
-            run(x, y, z, current_stream(index), function, metadata, None, None, None, *values)
+            run(x, y, z, current_stream(index), values)
         except RuntimeError as error:
             if not is_device_error(error):
                 raise
@@ -261,6 +261,22 @@ def prepared(configuration: Configuration, compiled: Any, home: torch.device | N
         return True
 
     return straight
+
+
+def _launcher(compiled: Any) -> Callable[[int, int, int, int, list[Any]], None]:
+    """Triton's function in C that launches a kernel, given a grid, a stream, and all arguments in their order. What
+    it takes besides differs between Triton 3.6 and 3.9."""
+    found, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if (
+        found.global_scratch_size or found.profile_scratch_size
+    ):  # of kernels that want memory at each launch: none of ours
+        return lambda x, y, z, stream, values: found(x, y, z, stream, function, metadata, None, None, None, *values)
+    call, how = found.launch, (found.launch_cooperative_grid, found.launch_pdl)
+    if hasattr(found, "kernel_signature"):
+        rest = (*how, metadata, None, None, None, None, None, found.arg_annotations, found.kernel_signature)
+        return lambda x, y, z, stream, values: call(x, y, z, stream, function, *rest, values)
+    rest = (*how, None, None, metadata, None, None, None)
+    return lambda x, y, z, stream, values: call(x, y, z, stream, function, *rest, *values)
 
 
 def _current_device() -> int:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands, Terms
@@ -196,7 +197,7 @@ def _multiply(
     types = POINTER[x.dtype], POINTER[target.dtype]
     configuration = linear_configuration(types, weights, chosen, strides, out_strides, paired, copied, cut)
     outputs = weights.rows // 2 if paired else weights.rows
-    tiles = triton.cdiv(tokens, chosen.block_t) * triton.cdiv(outputs, chosen.block_n)
+    tiles = divide_up(tokens, chosen.block_t) * divide_up(outputs, chosen.block_n)
     grid = (tiles, x.shape[1] if by_heads else 1, cut.count if cut.apart else 1)
     scales = {"x_scales_ptr": x_scales, "static_ptr": static, "out_scales_ptr": out_scales}
     present = {name: tensor for name, tensor in scales.items() if tensor is not None}
@@ -206,7 +207,7 @@ def _multiply(
         return Terms(target, None, out.dtype)
     if cut.apart:
         configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
-        sums = (tokens, triton.cdiv(weights.rows, SUM_BLOCK))
+        sums = (tokens, divide_up(weights.rows, SUM_BLOCK))
         launch(configuration, sums, parts_ptr=target, out_ptr=out, tokens=tokens)
     return out
 

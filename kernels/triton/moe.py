@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Terms
@@ -194,7 +195,7 @@ def expert_terms(
     ) -> None:
         tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
         shared = pointers(matrices[1], chosen.described, "shared_") if together else {}
-        grid = (tiles * triton.cdiv(across, chosen.block_n),)
+        grid = (tiles * divide_up(across, chosen.block_n),)
         read = pointers(matrices[0], chosen.described)
         launch(configuration, grid, **first, **groups, **read, **shared, tokens=tokens)
 
@@ -247,7 +248,7 @@ def most_tiles(tokens: int, slots: int, experts: int, block_t: int, shared: bool
     """Largest number of tiles of rows, whichever experts the tokens choose."""
     pairs = tokens * slots
     used = min(experts, pairs)
-    return used + (pairs - used) // block_t + (triton.cdiv(tokens, block_t) if shared else 0)
+    return used + (pairs - used) // block_t + (divide_up(tokens, block_t) if shared else 0)
 
 
 def _alike(matrix: Matrix, shared: Matrix | None) -> bool:

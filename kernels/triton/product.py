@@ -36,7 +36,7 @@ from cierzo.kernels.formats.four_bit import WORD, stretched
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton.eight_bit import woven_weights
 from cierzo.kernels.triton.four_bit import in_order, sums_in_order
-from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kernel
+from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kept, kernel
 
 LARGEST_MATRIX = 1 << 31  # weights of one expert at most: their offsets are 32 bits wide
 
@@ -203,6 +203,7 @@ class Weights:
         return cls("plain", POINTER[matrix.dtype], rows, k, matrix.stride(-2), expert_stride)
 
     @classmethod
+    @kept
     def stored(cls, format: str, rows: int, k: int, block: tuple[int, int] | None = None) -> Weights:
         """Layout of contiguous weights in a format: "bf16", "float32", or a DeviceMatrix's. block: rows and columns
         of an fp8 scale, by default one row."""

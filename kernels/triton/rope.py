@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 ELEMENTS = 1024  # rotated values of a program, about
@@ -148,7 +149,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Te
     )
     launch(
         configuration,
-        (tokens, triton.cdiv(heads, configuration.constants["HEADS"])),
+        (tokens, divide_up(heads, configuration.constants["HEADS"])),
         x_ptr=x,
         cos_ptr=cos.contiguous(),
         sin_ptr=sin.contiguous(),

@@ -172,8 +172,16 @@ def draw(
     there: dict[str, Any] = {"scratch": scratch, "words": words}
     row: dict[str, Any] = {"logits": logits, "stride": logits.stride(0), "vocab": vocab}
     temperatures = temperatures.contiguous()
-    filters: dict[str, Any] = {"temperatures": temperatures, "top_ks": top_ks.contiguous(), "top_ps": top_ps.contiguous()}
-    keys: dict[str, Any] = {"seeds": seeds.contiguous(), "samples": samples.contiguous(), "positions": positions.contiguous()}
+    filters: dict[str, Any] = {
+        "temperatures": temperatures,
+        "top_ks": top_ks.contiguous(),
+        "top_ps": top_ps.contiguous(),
+    }
+    keys: dict[str, Any] = {
+        "seeds": seeds.contiguous(),
+        "samples": samples.contiguous(),
+        "positions": positions.contiguous(),
+    }
     grid = (pieces, rows)
     launch(_HIGHEST, grid=grid, threads=threads, **row, **there)
     launch(_BINS, grid=grid, threads=threads, **row, **filters, **there)

@@ -1,11 +1,13 @@
 """Host's time for a launch and for an operation: `python -m standin host_time` prints microseconds.
 
-    launch          of a prepared Configuration, and the same through Triton's JITFunction.run
+    launch          of a prepared Configuration, and the same through Triton's JITFunction.run; of a CUDA C++
+                    kernel, as far as CuPy
     operations      a call of a kernel's host function, with all its launches and the tensors that it makes
 
-The launches go through Triton's launcher to the stand-in's libcuda, which queues them; nothing ever runs them. So the
-time of a driver is not in it, nor that of torch's allocator for a card: tensors are the host's here. Times are the
-least of several runs. The last line is JSON for tests, which compare one of its figures with another.
+The launches go through Triton's launcher to the stand-in's libcuda, which queues them; nothing ever runs them. So
+the time of a driver is not in it, nor that of torch's allocator for a card: tensors are the host's here. Times are
+the least of several runs, of this thread alone. The last line is JSON for tests, which compare its figures with
+each other.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from cierzo.kernels.cuda.launch import moe as cuda_moe
 from cierzo.kernels.cuda.launch.device import CupyBackend
 from cierzo.kernels.cuda.launch.kernel import Kernel
+from cierzo.kernels.cuda.launch.launcher import launch as launch_cuda
 from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.triton import linear, moe, norm
@@ -46,10 +49,10 @@ def least_us(function: Callable[[], Any]) -> float:
     """Least mean time of a call."""
     found = []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(CALLS):
             function()
-        found.append((time.perf_counter() - start) / CALLS)
+        found.append((time.thread_time() - start) / CALLS)
     return min(found) * 1e6
 
 
@@ -93,6 +96,14 @@ class _Queueing(CupyBackend):
         """See Backend."""
 
 
+def of_cuda_launch() -> float:
+    """Time of a launch with four pointers and four numbers."""
+    numbers = dict.fromkeys(("rows", "width", "stride", "wide"), "i32")
+    kernel = Kernel("none.cu", "none", {**dict.fromkeys(("a", "b", "c", "d"), "*f32"), **numbers})
+    given: dict[str, Any] = dict.fromkeys(("a", "b", "c", "d"), torch.empty(64)) | dict.fromkeys(numbers, 64)
+    return least_us(lambda: launch_cuda(kernel, grid=(4, 2), threads=128, **given))
+
+
 def operations() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Calls by name."""
     random = torch.Generator().manual_seed(1)
@@ -121,12 +132,14 @@ def main() -> int:
     try:
         straight, through_triton = of_launch(machine)
         with running_on(_Queueing()):
+            cuda = of_cuda_launch()
             found = {name: measured(function, given) for name, (function, given) in operations().items()}
     finally:
         machine.close()
     print(f"{'a launch':30}{straight:8.2f} us, {through_triton:.2f} us through JITFunction.run")
+    print(f"{'a launch of CUDA C++':30}{cuda:8.2f} us")
     for name, one in found.items():
         print(f"{name:30}{one.host_us:8.2f} us, {one.launches} launches, {one.host_us / one.launches:.2f} us each")
-    result = {"launch": straight, "through Triton": through_triton}
-    print(json.dumps(result | {name: [one.launches, one.host_us] for name, one in found.items()}))
+    result = {"launch": straight, "through Triton": through_triton, "CUDA C++": cuda}
+    print(json.dumps(result | {"operations": {name: [one.launches, one.host_us] for name, one in found.items()}}))
     return 0
