@@ -76,15 +76,21 @@ TILES = {
 
 
 def _four_bits(block_n: int) -> tuple[Tile, ...]:
-    """Tiles of 16 to 128 tokens; eight warps share the sums of the last."""
-    few = (Tile(block_n, tokens, STRETCH, num_stages=stages) for tokens, stages in ((16, 4), (32, 4), (64, 3)))
-    return *few, Tile(block_n, 128, STRETCH, num_warps=8, num_stages=3)
+    """Tiles of 16, 32 and 64 tokens."""
+    stages = {16: 4, 32: 4, 64: 3}
+    return tuple(Tile(block_n, tokens, STRETCH, num_stages=number) for tokens, number in stages.items())
 
 
-# The same by number of tokens: the first tile that holds them, else the last.
+def _wide(block_n: int) -> Tile:
+    """A tile of 128 tokens: eight warps share its sums."""
+    return Tile(block_n, 128, STRETCH, num_warps=8, num_stages=3)
+
+
+# The same by number of tokens: the first tile that holds them, else the last. With eight warps the scales of MXFP4
+# would be 2 bytes a thread, and would not be copied ahead.
 SIZED = {
-    ("nvfp4", False): _four_bits(128),
-    ("nvfp4", True): _four_bits(64),
+    ("nvfp4", False): (*_four_bits(128), _wide(128)),
+    ("nvfp4", True): (*_four_bits(64), _wide(64)),
     ("mxfp4", False): _four_bits(128),
     ("mxfp4", True): _four_bits(64),
 }
@@ -215,8 +221,10 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
         count *= 2
     if count == 1:
         return wide, Parts(1, weights.k)
-    each = -(-steps // count) * chosen.block_k
-    return chosen, Parts(-(-weights.k // each), each, tokens <= APART_TOKENS)
+    each, apart = -(-steps // count) * chosen.block_k, tokens <= APART_TOKENS
+    if weights.format in GROUP and not (apart and wide.num_warps == 4):  # registers for two sums
+        chosen = replace(wide, block_t=min(wide.block_t, 64), num_warps=8)
+    return chosen, Parts(-(-weights.k // each), each, apart)
 
 
 def thresholds() -> list[int]:
