@@ -150,7 +150,7 @@ def dequantise(matrix: DeviceMatrix) -> Tensor:
 
 
 def stack(matrices: Iterable[DeviceMatrix], count: int) -> DeviceMatrix:
-    """`count` [n,k] matrices of one format and size -> [E,n,k]. Of those that an iterator makes, one at a time is
+    """`count` [n,k] matrices of one format and size -> [E,n,k]. Of those that an iterator makes, two at most are
     held beside the result."""
     first, whole = None, {}
     for number, one in enumerate(matrices):

@@ -154,6 +154,7 @@ NUMBER_FORMATS: Mapping[str, NumberFormat] = {
             name="mxfp4",
             title="MXFP4",
             value_bytes=0.5 + 1 / 32,
+            row_bytes=4,
             group=32,
             codes_on=("cuda",),
             weight_error=0.13,  # a scale that is a power of two wastes up to half of e2m1's range

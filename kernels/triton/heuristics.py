@@ -97,7 +97,7 @@ def _wide(block_n: int, block_k: int, num_stages: int = 4, together_n: int = 64)
 # The same by number of tokens: the first tile that holds them, else the last. Tiles of a row add the same products
 # in the same order: weights on M, k in natural order; where each step is a chain of its own (fp8 x fp8, scales of
 # blocks) steps are of one size. Of eight warps, four and four share the tokens where block_n is 64, and each four
-# widen all weights.
+# widen all weights; the scales of MXFP4 would be 2 bytes a thread, and would not be copied ahead.
 SIZED = {
     ("bf16", False): (*_sizes(128, 64), _wide(128, 64, together_n=128)),
     ("bf16", True): (*_sizes(64, 64), _wide(128, 64)),
@@ -110,8 +110,8 @@ SIZED = {
     ("fp8 x fp8", True): (*_sizes(64, 128), _wide(64, 128)),
     ("nvfp4", False): (*_sizes(128, STRETCH), _wide(128, STRETCH, num_stages=3)),
     ("nvfp4", True): (*_sizes(64, STRETCH), _wide(64, STRETCH, num_stages=3)),
-    ("mxfp4", False): (*_sizes(128, STRETCH), _wide(128, STRETCH, num_stages=3)),
-    ("mxfp4", True): (*_sizes(64, STRETCH), _wide(64, STRETCH, num_stages=3)),
+    ("mxfp4", False): _sizes(128, STRETCH),
+    ("mxfp4", True): _sizes(64, STRETCH),
 }
 
 
@@ -251,6 +251,8 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
     each = -(-pieces // count) * PART_COLUMNS
     apart = tokens <= APART_TOKENS
     chosen = narrowed if apart else replace(wide, block_n=min(wide.block_n, wide.together_n))
+    if weights.format in GROUP and not (apart and wide.num_warps == 4):  # registers for two sums
+        chosen = replace(wide, block_t=min(wide.block_t, 64), num_warps=8)
     return chosen, Parts(-(-weights.k // each), each, apart)
 
 

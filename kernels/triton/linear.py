@@ -61,7 +61,7 @@ def _linear(
         x_scales = tl.load(x_scales_ptr + token, mask=inside, other=0.0)
     if APART or PARTS == 1:
         k_start = tl.program_id(2) * PART_K if APART else 0
-        k_end = tl.minimum(k_start + PART_K, K) if APART else K
+        k_end = (k_start + PART_K if K % PART_K == 0 else tl.minimum(k_start + PART_K, K)) if APART else K
         total = product(
             x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, n_start, k_start, k_end,
             PAIRED, DESCRIBED, DESCRIBED,

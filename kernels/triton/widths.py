@@ -21,7 +21,7 @@ from cierzo.kernels.triton.heuristics import Tile
 from cierzo.kernels.triton.launch import POINTER
 from cierzo.kernels.triton.product import Weights
 
-TOKENS, OUTPUTS, COLUMNS = 128, 256, 2048
+TOKENS, OUTPUTS, COLUMNS = 128, 128, 1024
 
 
 def tiles(x: Tensor, matrix: Matrix) -> list[Tile]:

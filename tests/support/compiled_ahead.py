@@ -88,9 +88,15 @@ EXPERTS = [
     for kernel in ("expert_gate_up", "expert_down")
     for format in ("nvfp4", "fp8")
 ]
+FOUR_BITS = [
+    f"{kernel}: expert_mlp, small4, {rows}, nvfp4"
+    for kernel in ("expert_gate_up", "expert_down")
+    for rows in ("one row", "many rows", "long prefill")
+]
 # The loops that most of a step's time is spent in, whose counts may only fall.
 HOT = [
     *EXPERTS,
+    *(name for name in FOUR_BITS if name not in EXPERTS),
     *(through_descriptors(name) for name in EXPERTS if "nvfp4" not in name),
     *(f"linear: linear, small4, one row, {format}" for format in ("bf16", "fp8", "nvfp4")),
     "linear: lm_head, small4, one row, bf16",
