@@ -33,6 +33,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.prefix import Prefixes, lent
@@ -315,7 +316,7 @@ def combined(
     return value, mine | (found < 0)
 
 
-@kernel
+@chained
 def _combine(
     partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
     firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
@@ -323,6 +324,7 @@ def _combine(
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SINKS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    after_others()
     query = tl.program_id(0)
     head = tl.program_id(1)
     columns = tl.arange(0, BLOCK_W)

@@ -14,7 +14,8 @@ from torch import Tensor
 from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel
+from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.launch import POINTER, Configuration
 from cierzo.kernels.triton.mla import decode_into
 from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.split import Finish, Shape, combine_configuration, combined
@@ -23,7 +24,7 @@ TOKENS = 16  # rows of the product: as few as the columns of an MMA can be
 PROGRAMS = 512  # of a step, about: each reads a head's W_UV, so with more tokens a program has several
 
 
-@kernel
+@chained
 def _values(
     partials_ptr, maxima_ptr, sums_ptr, weight_ptr, out_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
     firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity, queries,
@@ -32,6 +33,7 @@ def _values(
     SINKS: tl.constexpr, TOGETHER: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr,
     LIVE: tl.constexpr,
 ):  # fmt: skip
+    after_others()
     head = tl.program_id(1)
     columns = tl.arange(0, BLOCK_W)
     places = tl.arange(0, TOKENS)

@@ -74,16 +74,8 @@ def test_rounds_store_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tokens_of_a_program() -> None:
-    assert [values.live_tokens(tokens, 32) for tokens in (0, 1, 16, 17, 64, 65, 256, 4096)] == [
-        1,
-        1,
-        1,
-        2,
-        4,
-        8,
-        16,
-        16,
-    ]
-    q, pages, queries, w_uv = case([1], [5], torch.float32)
+    found = [values.live_tokens(tokens, 32) for tokens in (0, 1, 16, 17, 64, 65, 256, 4096)]
+    assert found == [1, 1, 1, 2, 4, 8, 16, 16]
+    q, pages, queries, _ = case([1], [5], torch.float32)
     with pytest.raises(ArgumentError, match="w_uv is packed; on a GPU it must be a tensor"):
         values.mla_values(q, pages, queries, 0.2, object())  # type: ignore[arg-type]
