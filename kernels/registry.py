@@ -146,6 +146,9 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_triton("mla", "mla_decode", "mla_prefill"),
     *_triton("gqa", "gqa_decode", "gqa_prefill"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
+    _in_steps("mla_values", "mla_decode", "mla_unabsorb"),
+    *_triton("values", "mla_values"),
+    *_torch("attention", "mla_values"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
     *_triton("latents", "norm_latents", "rotate_and_absorb"),
     _in_steps("norm_latents", "rms_norm", "rms_norm_fp8", "write_normed_latents"),
@@ -162,7 +165,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     _composed(
         "mla_block",
         *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "apply_rope"),
-        *("norm_latents", "rotate_and_absorb", "mla_prefill", "mla_decode", "mla_unabsorb"),
+        *("norm_latents", "rotate_and_absorb", "mla_prefill", "mla_values"),
     ),
     _composed(
         "gqa_block",

@@ -318,6 +318,14 @@ def mla_decode(model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(q, *pages, queries, 0.1, model.rank) for pages in pages_of(model, size, make)], work
 
 
+@case(needs="rank", decodes=True, of="pages")
+def mla_values(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated rows, absorbed, up to the values, by weights that stay plain."""
+    calls, work = CASES["mla_decode"].make(model, size, make)
+    weight = make.plain(model.heads, model.value_dim, model.rank)
+    return [(*arguments[:-1], weight) for arguments in calls], operations.mla_values(work, model, size.rows)
+
+
 @case(needs="rank", decodes=False, of="pages")
 def mla_prefill(model: ModelSizes, size: Size, make: Maker) -> Call:
     """Prompt rows, expanded; each context token's keys and values once, by weights that stay plain."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, Kind] = {
     "expert_mlp": "experts",
-    **dict.fromkeys(("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
+    **dict.fromkeys(("mla_decode", "mla_values", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
     **dict.fromkeys(("linear", "lm_head", "gated_mlp", "route", "mla_absorb", "mla_unabsorb"), "products"),
 }
 INT64, FP32 = 8, 4  # bytes
@@ -182,6 +182,14 @@ def mla_decode(s: ModelSizes, rows: Number, pairs: Number, context: Number, entr
     width = s.rank + s.rope
     moved = rows * s.heads * (width + s.rank) * s.value_bytes
     return Work("mla_decode", context * entry_bytes + moved, 2 * pairs * s.heads * (width + s.rank))
+
+
+def mla_values(decoding: Work, s: ModelSizes, rows: Number) -> Work:
+    """mla_decode and mla_unabsorb, whose latents stay between them."""
+    out = by_head("mla_unabsorb", s, rows)
+    moved = decoding.num_bytes + out.num_bytes - 2 * rows * s.heads * s.rank * s.value_bytes
+    added = {"num_bytes": moved, "operations": decoding.operations + out.operations}
+    return replace(decoding, operation="mla_values", replicated_bytes=out.replicated_bytes, **added)
 
 
 def mla_prefill(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:

@@ -225,6 +225,16 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     return bound.mla_decode(q, pages, queries, scale, rank)
 
 
+def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_uv: Matrix) -> Tensor:
+    """mla_decode, then mla_unabsorb: q [T,H,R+P], w_uv [H,V,R] of its dtype -> new [T,H,V]."""
+    names = check.sizes("mla_values", q=(q, "T H W"), pages=(pages, "B S *"), w_uv=(w_uv, "H V R"))
+    check.require("mla_values", names["R"] <= names["W"], f"rank {names['R']} of q {list(q.shape)}")
+    check.same_dtype("mla_values", q=q, w_uv=w_uv)
+    check_pages("mla_values", names["W"], 2, q=q, pages=pages)
+    _check_queries("mla_values", q, queries)
+    return bound.mla_values(q, pages, queries, scale, w_uv)
+
+
 def gqa_prefill(
     q: Tensor,
     k_pages: Tensor,

@@ -16,6 +16,7 @@ from torch.nn import functional
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops import attention, block, latents, linear, moe, norm, rope
+from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import (
     DecoderWeights,
     GqaWeights,
@@ -82,8 +83,7 @@ def _attend(q: Summands, weights: MlaWeights, rows: StepRows, tables: PositionTa
         wide = latents.rotate_and_absorb(
             q, weights.w_uk_t, tables.cos, tables.sin, weights.interleaved, tables.query_scale
         )
-        mixed = attention.mla_decode(wide, pages, rows.absorbed, weights.scale, weights.w_uk.shape[2])
-        results.append(attention.mla_unabsorb(mixed, weights.w_uv))
+        results.append(attention.mla_values(wide, pages, rows.absorbed, weights.scale, weights.w_uv))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -203,6 +203,12 @@ def rotate_and_absorb(
     heads, first = q.unflatten(1, (w_uk_t.shape[0], -1)), len(cos) - len(q)
     rope.apply_rope(heads, cos[first:], sin[first:], interleaved, None if scale is None else scale[first:])
     return attention.mla_absorb(heads, w_uk_t)
+
+
+def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_uv: Matrix) -> Tensor:
+    """See ops/attention.py."""
+    mixed = attention.mla_decode(q, pages, queries, scale, w_uv.shape[2])
+    return attention.mla_unabsorb(mixed, w_uv)
 
 
 def decoder(

@@ -24,7 +24,8 @@ from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.activations import code_types, empty_rows, row_pointers, row_warps, store_row
 from cierzo.kernels.triton.cache_write import stored
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.launch import POINTER, Configuration, launch
 from cierzo.kernels.triton.norm import normed
 from cierzo.kernels.triton.paged import require_pages, tile_width
 from cierzo.kernels.triton.rope import rotated, store_pairs
@@ -34,7 +35,7 @@ TOKENS = 16  # of a program that absorbs: as few as the columns of an MMA can be
 OUTPUTS = 64  # of such a program: 128 programs for one token of 32 heads of 256 latents
 
 
-@kernel
+@chained
 def _norm_latents(
     x_ptr, shares_ptr, q_weight_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr,
     out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
@@ -42,6 +43,7 @@ def _norm_latents(
     Q: tl.constexpr, R: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr, CODES: tl.constexpr,
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    after_others()
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
     cached: tl.constexpr = pages_ptr.dtype.element_ty
@@ -122,7 +124,7 @@ def norm_latents(
     return out
 
 
-@kernel
+@chained
 def _rotate_and_absorb(
     x_ptr, shares_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, out_ptr, tokens, count, first_row,
     X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
@@ -131,6 +133,7 @@ def _rotate_and_absorb(
 ):  # fmt: skip
     """TOKENS tokens of one head. BLOCK_N of its R outputs are W_UK of the head times q_nope; the program of the
     first of them also rotates q_rope. first_row: of the tables, that of the first token."""
+    after_others()
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     head = tl.program_id(1)
     there = token < count

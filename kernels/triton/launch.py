@@ -52,6 +52,7 @@ POINTER = {
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _LIMITS = {"i32": 1 << 31}  # Triton itself takes an integer for an i64 where it is larger, and compiles anew
+CHAINED: set[str] = set()  # names of kernels that are launched before those in front of them have ended (chain.py)
 _unsettled: list[Any] = []  # kernels, and functions that kernels call, in the order of their definition
 _dry: list[Launch] | None = None  # launches of a dry run; None: launches run
 Prepared = Callable[[tuple[int, ...], Mapping[str, Any]], bool]
@@ -140,7 +141,8 @@ class Configuration:
     @property
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        chained = {"launch_pdl": True} if self.kernel.__name__ in CHAINED else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False, **chained}
 
 
 @dataclass(frozen=True, slots=True)

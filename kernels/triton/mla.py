@@ -11,6 +11,7 @@ a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import triton.language as tl
@@ -109,8 +110,24 @@ def _mla_attend(
 
 def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
     """See ops/attention.py. Pages of q's dtype or of float8_e4m3fn."""
+    out = q.new_empty(*q.shape[:2], rank)
+    decode_into(out, q, pages, queries, scale, rank)
+    return out
+
+
+def decode_into(
+    out: Tensor,
+    q: Tensor,
+    pages: Tensor,
+    queries: PagedQueries,
+    scale: float,
+    rank: int,
+    finish: Callable[[Shape, int], split.Finish] | None = None,
+) -> None:
+    """mla_decode into out; finish: what adds up the partial results of a shape, of so many sequences that may share
+    a program."""
     require_attention("mla_decode", q, pages=pages)
-    num_rows, heads, width = q.shape
+    heads, width = q.shape[1:]
     shape = Shape(kv_heads=1, group=heads, width=rank)
     together = shape.rows // heads
     mates = prefixes(queries, pages.shape[1], together)
@@ -123,12 +140,11 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
         (q.stride(0), q.stride(1)),
         together if mates else 1,
     )
-    out = q.new_empty(num_rows, heads, rank)
     # Without mates their tables are not read.
     tables = (mates.mates, mates.members) if mates else (queries.query_starts, queries.query_starts)
     arguments = {"q_ptr": q, "pages_ptr": pages, "mates_ptr": tables[0], "members_ptr": tables[1]}
-    split.decode(configuration, out, queries, shape, scale, mates=mates, **arguments)
-    return out
+    finished = None if finish is None else finish(shape, mates.together if mates else 1)
+    split.decode(configuration, out, queries, shape, scale, mates=mates, finish=finished, **arguments)
 
 
 def mla_prefill(

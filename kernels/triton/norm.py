@@ -18,6 +18,7 @@ from cierzo.kernels.triton.activations import (
     row_warps,
     store_row,
 )
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.terms import Layout, arguments, load_rows
 
@@ -44,12 +45,13 @@ def _store_normed(
         tl.store(out_ptr + row * D + columns, value, mask=inside)
 
 
-@kernel
+@chained
 def _rms_norm(
     x_ptr, shares_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
     X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
+    after_others()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -60,13 +62,14 @@ def _rms_norm(
     )
 
 
-@kernel
+@chained
 def _add_rms_norm(
     x_ptr, shares_ptr, residual_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
     X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """_rms_norm of x + residual, which becomes the residual."""
+    after_others()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < D

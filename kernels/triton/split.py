@@ -23,7 +23,9 @@ no room come out as NaN.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.prefix import Prefixes, lent
@@ -252,26 +255,23 @@ def _plan(
 
 
 @kernel
-def _combine(
-    partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
-    firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
-    HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+def combined(
+    partials_ptr, maxima_ptr, sums_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
+    firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity, query, head, columns,
+    HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SINKS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    query = tl.program_id(0)
-    head = tl.program_id(1)
-    segment = tl.load(row_segments_ptr + query)
-    columns = tl.arange(0, BLOCK_W)
+    """Add up the partial results of a row, a head of a query token, in order of position -> fp32 values at
+    `columns`, and whether they are this round's to store: those of other rounds are not."""
+    found = tl.load(row_segments_ptr + query)
+    there = found >= 0
+    segment = tl.maximum(found, 0)
     wide = columns < W
-    out = out_ptr + (query.to(tl.int64) * (HK * G) + head) * W + columns
-    zero = tl.zeros((BLOCK_W,), tl.float32)
-    if segment < 0:
-        tl.store(out, zero.to(out_ptr.dtype.element_ty), mask=wide)
-        return
-    start = tl.load(query_starts_ptr + segment)
-    length = tl.load(query_starts_ptr + segment + 1) - start
-    context = tl.load(context_lengths_ptr + segment)
+    acc = columns * 0.0
+    start = tl.load(query_starts_ptr + segment, mask=there, other=0)
+    length = tl.load(query_starts_ptr + segment + 1, mask=there, other=0) - start
+    context = tl.load(context_lengths_ptr + segment, mask=there, other=0)
     row = (query - start) * G + head % G
     made, splits = segment_splits(context, length, SHORT, SHORTS, LONG, WINDOW)
     first = tl.load(firsts_ptr + segment) + row // ROWS * splits
@@ -279,20 +279,18 @@ def _combine(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
         SHORT, SHORTS, LONG, WINDOW,
     )  # fmt: skip
-    if (first < begin) | (first >= end):
-        return  # the row belongs to another round
+    mine = there & (first >= begin) & (first < end)
     sees = context - length + query - start + 1
     unseen = first_split(sees, SHORT, SHORTS, LONG, WINDOW) - made  # the segment's splits before the row's window
     splits = split_count(sees, SHORT, SHORTS, LONG) - made
-    if first - begin + splits > capacity:  # the host's bound was too small
-        tl.store(out, (zero + float("nan")).to(out_ptr.dtype.element_ty), mask=wide)
-        return
+    fits = first - begin + splits <= capacity  # or the host's bound was too small
+    splits = tl.where(mine & fits, splits, unseen)
     lanes = tl.arange(0, CHUNK)
     step = HK * ROWS
     base = (first - begin) * step + head // G * ROWS + row % ROWS
     lent_base, lent_splits = base, 0  # of this row in its leader's tile, and the number of splits there
     if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
-        if lent(mates_ptr, segment, segment_start, 0):
+        if mine & lent(mates_ptr, segment, segment_start, 0):
             leader = tl.load(mates_ptr + segment * 3)
             place = tl.load(mates_ptr + segment * 3 + 1)
             lent_base = (tl.load(firsts_ptr + leader) - begin) * step + place * G + head
@@ -306,7 +304,6 @@ def _combine(
         maxima = tl.load(maxima_ptr + rows, mask=split + lanes < splits, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(maxima))
     total = tl.exp2(total - largest) if SINKS else 0.0
-    acc = zero
     for split in range(unseen, splits, CHUNK):
         live = split + lanes < splits
         rows = tl.where(split + lanes < lent_splits, lent_base, base) + (split + lanes) * step
@@ -315,7 +312,29 @@ def _combine(
         inside = live[:, None] & wide[None, :]
         parts = tl.load(partials_ptr + rows[:, None].to(tl.int64) * W + columns[None, :], mask=inside, other=0.0)
         acc += tl.sum(weights[:, None] * parts, axis=0)
-    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=wide)
+    value = tl.where(there, tl.where(fits, acc / total, float("nan")), 0.0)
+    return value, mine | (found < 0)
+
+
+@chained
+def _combine(
+    partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
+    firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
+    HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SINKS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    after_others()
+    query = tl.program_id(0)
+    head = tl.program_id(1)
+    columns = tl.arange(0, BLOCK_W)
+    value, stored = combined(
+        partials_ptr, maxima_ptr, sums_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
+        firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
+        query, head, columns, HK, G, ROWS, W, SHORT, SHORTS, LONG, WINDOW, CHUNK, SINKS, TOGETHER,
+    )  # fmt: skip
+    out = out_ptr + (query.to(tl.int64) * (HK * G) + head) * W + columns
+    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=tl.where(columns < W, stored, False))
 
 
 @derived
@@ -384,6 +403,15 @@ class Partials:
         return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
 
 
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A kernel that adds up partial results, as _combine does, and goes on with the sums; its own arguments."""
+
+    configuration: Configuration
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+
+
 # Arguments of the kernels that attend, beside the queries, the pages and the kernel's own; `decode` fills them in.
 ATTEND_TYPES = {
     **dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "table_rows_ptr", "tables_ptr"), "*i32"),
@@ -402,9 +430,11 @@ def decode(
     scale: float,
     sinks: Tensor | None = None,
     mates: Prefixes | None = None,
+    finish: Finish | None = None,
     **arguments: Tensor,
 ) -> None:
-    """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, into out [T, Hk G, W].
+    """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, into out [T, Hk G, W]; or into
+    what `finish` makes of the partial results.
 
     scale: of the scores. sinks fp32 [Hk G]. mates: the sequences that share programs. Rows past the last segment
     become 0.
@@ -429,14 +459,20 @@ def decode(
             **part.arguments(),
             **arguments,
         )
+        if finish is None:
+            together = mates.together if mates else 1
+            combining = combine_configuration(POINTER[out.dtype], shape, sinks is not None, together)
+            # Without sinks they are not read.
+            given = {"sinks_ptr": partials.sums if sinks is None else sinks}
+            finish = Finish(combining, (out.shape[0], out.shape[1]), given)
         launch(
-            combine_configuration(POINTER[out.dtype], shape, sinks is not None, mates.together if mates else 1),
-            (out.shape[0], out.shape[1]),
+            finish.configuration,
+            finish.grid,
             partials_ptr=partials.values,
             maxima_ptr=partials.maxima,
             sums_ptr=partials.sums,
             out_ptr=out,
-            sinks_ptr=partials.sums if sinks is None else sinks,  # without sinks it is not read
+            **finish.arguments,
             mates_ptr=mates.mates if mates else made.firsts,
             query_starts_ptr=queries.query_starts,
             context_lengths_ptr=queries.context_lengths,

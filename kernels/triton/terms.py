@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.ops.terms import Summands, Terms
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 
 SUM_BLOCK = 1024  # values of a row that one program adds up
@@ -40,12 +41,13 @@ def load_rows(
     return tl.load(x_ptr + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
 
 
-@kernel
+@chained
 def _sum_terms(
     x_ptr, shares_ptr, out_ptr, tokens,
     X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    after_others()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
