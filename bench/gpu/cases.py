@@ -115,7 +115,7 @@ class Maker:
         else:
             matrix = quantise(plain, self.weights, block=block)
         if self.format not in BY_FP8:
-            return fp8.weave(matrix) if self.weights == "fp8" else matrix
+            return fp8.weave(matrix)
         static, experts = BY_FP8[self.format], shape[0] if len(shape) == 3 else 1
         return in_fp8(matrix, None if static is None else torch.full((experts,), static, device=self.device))
 

@@ -86,8 +86,7 @@ class RandomMatrices(DeviceMatrices):
         *experts, n, k = request.shape
         matrix = quantise(self._random((n, k)), format)
         by_fp8 = self.takes_fp8(request.role, format)
-        if format == "fp8" and not by_fp8:
-            matrix = fp8.weave(matrix)
+        matrix = matrix if by_fp8 else fp8.weave(matrix)
         if experts:
             matrix = stack([matrix] * experts[0], experts[0])
         return in_fp8(matrix) if by_fp8 else matrix

@@ -92,7 +92,7 @@ class DeviceMatrices:
             kept = _kept(parameter, format, self._device)
             matrix = kept if kept is not None else _quantised(parameter, format, self._device)
             if not self.takes_fp8(request.role, format):
-                return fp8.weave(matrix) if format == "fp8" else matrix
+                return fp8.weave(matrix)
             scales = _activation_scales(parameter)
             return in_fp8(matrix, None if scales is None else scales.to(self._device))
         except DeviceFormatError as error:
@@ -180,7 +180,7 @@ def _quantised(parameter: Parameter, format: str, device: torch.device) -> Devic
     several times what they will."""
     if len(parameter.shape) == 2:
         whole = as_tensor(parameter)
-        if format != "fp8" or len(whole) <= ROWS:
+        if NUMBER_FORMATS[format].group or len(whole) <= ROWS:
             return quantise(whole.to(device), format)
         pieces = [quantise(whole[start : start + ROWS].to(device), format) for start in range(0, len(whole), ROWS)]
         codes, scales = ([getattr(one, name)[0] for one in pieces] for name in ("codes", "scales"))

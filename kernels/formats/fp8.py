@@ -64,9 +64,10 @@ def dequantise(matrix: DeviceMatrix) -> Tensor:
 
 
 def weave(matrix: DeviceMatrix) -> DeviceMatrix:
-    """The matrix with woven rows, a copy; itself where it is multiplied in another way: with activations in fp8 or
+    """An fp8 matrix with woven rows, a copy; itself where it is multiplied otherwise: with activations in fp8 or
     fp32, or in columns that are no multiple of 64. Raises DeviceFormatError for a code that stands for NaN."""
-    if matrix.woven or matrix.activations != "plain" or matrix.dtype != torch.bfloat16 or matrix.shape[-1] % WOVEN:
+    plain = matrix.activations == "plain" and matrix.dtype == torch.bfloat16
+    if matrix.format != "fp8" or matrix.woven or not plain or matrix.shape[-1] % WOVEN:
         return matrix
     experts, n, k = matrix.codes.shape
     words = torch.empty(experts, n, k // WORD, dtype=torch.int32, device=matrix.codes.device)
