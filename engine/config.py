@@ -37,6 +37,7 @@ from cierzo.scheduler.config import SchedulerConfig
 
 ENVIRONMENT_PREFIX = "CIERZO_"
 KV_BYTE_FORMAT = {"cpu": "int8", "cuda": "fp8"}  # the format of cached values that has a byte each
+BLOCK_TOKENS = {"cpu": 32, "cuda": 64}  # a GPU's attention takes 64 tokens at a time, with one look into the table
 
 
 # Beyond every use, and little enough for the arrays that are made of these numbers at the start.
@@ -106,7 +107,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Amount | None,
         Meta(description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use"),
     ] = None
-    block_tokens: Annotated[Count, Meta(description="tokens per KV block")] = 32
+    block_tokens: Annotated[
+        Count | None, Meta(description="tokens per KV block; default: 64 on a GPU, else 32")
+    ] = None
     prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
     budget_tokens: Annotated[
         Count | None, Meta(description="tokens computed in one step, at most; default: the profile's")
@@ -244,7 +247,8 @@ def resolve(options: EngineOptions) -> EngineConfig:
     options = msgspec.structs.replace(options, **msgspec.structs.asdict(profile))
     path, model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
+    block_tokens = options.block_tokens or BLOCK_TOKENS[kind]
+    layout = model.cache_layout(block_tokens, _kv_dtype(options, kind, dtype))
     weights, activations = weights_format(options, kind, dtype), activations_format(options, kind, dtype)
     head = head_format(options, kind, weights, dtype)
     _require_rate(card, dtype, weights, activations)
@@ -276,7 +280,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         model=model,
         layout=layout,
         cache=CacheConfig(
-            block_tokens=options.block_tokens,
+            block_tokens=block_tokens,
             num_blocks=num_blocks,
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),

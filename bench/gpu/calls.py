@@ -35,7 +35,7 @@ from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.terms import Terms
 
-BLOCK_TOKENS = 32
+BLOCK_TOKENS = 64  # as on a GPU by default
 EPS = 1e-6
 SEEN = 100  # tokens of each row that an edit of logits changes
 Arguments = tuple[Any, ...]
@@ -207,7 +207,7 @@ def expert_outputs(model: ModelSizes, size: Size, make: Maker) -> Terms:
 
 def queries_of(size: Size, device: str = "cpu") -> PagedQueries:
     """Scattered blocks, those of a prefix the first sequence's; the last tokens of each context ask."""
-    blocks, count = size.context // BLOCK_TOKENS, size.sequences
+    blocks, count = -(-size.context // BLOCK_TOKENS), size.sequences
     ids = torch.randperm(count * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
     ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
     tables = ids.int().to(device)
@@ -224,7 +224,7 @@ def slots_of(size: Size) -> Tensor:
 def pages_of(model: ModelSizes, size: Size, make: Maker) -> list[tuple[Tensor, ...]]:
     """Pages of all contexts, each call's own: of latents [B,S,R+P], or of keys and of values [B,S,heads,width]."""
     entries = [(model.rank + model.rope,)] if model.rank else 2 * [(model.kv_heads, model.head_dim)]
-    rows = size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS
+    rows = size.sequences * -(-size.context // BLOCK_TOKENS), BLOCK_TOKENS
     return make.cold(lambda: tuple(make.noise(*rows, *entry, dtype=make.kv_dtype) for entry in entries))
 
 

@@ -105,11 +105,10 @@ def _step(
     if B > 0:
         shared = load_tile(shared_ptr, rows, live, tl.arange(0, BLOCK_B), SHARED_STRIDE, B, BLOCK_B)
         scores = tl.dot(q_shared, shared.T, scores, input_precision="ieee")
-    scores *= factor
     if MASKED:
         scores = masked(scores, position + tl.arange(0, TOKENS), sees, WINDOW)
     values = load_tile(values_ptr, rows, live, tl.arange(0, BLOCK_V), HK * V, V, BLOCK_V)
-    return softmax_step(scores, values, acc, largest, total, WINDOW > 0)
+    return softmax_step(scores, factor, values, acc, largest, total, WINDOW > 0)
 
 
 @kernel

@@ -70,9 +70,9 @@ def _gqa_attend(
         page_row = page_rows(table, positions, live, S) * HK + kv_head
         keys = load_tile(k_pages_ptr, page_row, live, columns, D, D, BLOCK_D).to(dtype)
         values = load_tile(v_pages_ptr, page_row, live, columns, D, D, BLOCK_D).to(dtype)
-        scores = tl.dot(q, keys.T, input_precision="ieee") * factor
+        scores = tl.dot(q, keys.T, input_precision="ieee")
         scores = masked(scores, positions, sees, WINDOW)
-        acc, largest, total = softmax_step(scores, values, acc, largest, total, True)
+        acc, largest, total = softmax_step(scores, factor, values, acc, largest, total, True)
     place = slot.to(tl.int64) * HK + kv_head
     store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, D, BLOCK_D)
 

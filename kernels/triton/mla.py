@@ -28,11 +28,43 @@ from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention,
 from cierzo.kernels.triton.prefix import guests, lent, prefixes
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
 from cierzo.kernels.triton.split import Shape, load_item, round_items, store_partial
+from cierzo.kernels.triton.widen import DOWN, LIFT, UP, folded, widened
 
-# Bits of a cached value -> tokens of a tile (a split is a multiple of them), and stages of the pipeline. Two
-# programs of 64 rows then fit into the memory of a multiprocessor: the softmax of one hides behind the products of
-# the other.
-TILES = {8: (64, 2), 16: (32, 3), 32: (32, 2)}
+# Bits of a cached value -> tokens of a tile (a split is a multiple of them, and so is a page by default on a GPU),
+# and stages of the pipeline. Two programs of 64 rows then fit into the memory of a multiprocessor: the softmax of
+# one hides behind the products of the other.
+TILES = {8: (64, 2), 16: (64, 2), 32: (32, 2)}
+
+
+@kernel
+def _step(
+    q_latent, q_rope, pages_ptr, table, position, end, sees, acc, largest, total, factor,
+    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the tile of tokens at `position` for the rows of a program; not MASKED: all of them see all of it, and
+    neither `end` nor `sees` counts."""
+    places = tl.arange(0, TOKENS)
+    live = position + places < end if MASKED else tl.full((TOKENS,), True, tl.int1)
+    latent_columns = tl.arange(0, BLOCK_R)
+    rope_columns = tl.arange(0, BLOCK_P)
+    if S % TOKENS == 0:  # the tile lies in one page
+        page = tl.load(table + position // S).to(tl.int64) * S
+        if S > TOKENS:
+            page += position % S
+        page_row = places
+        pages_ptr += page * (R + P)
+    else:
+        page_row = page_rows(table, position + places, live, S)
+    latents = load_tile(pages_ptr, page_row, live, latent_columns, R + P, R, BLOCK_R)
+    ropes = load_tile(pages_ptr + R, page_row, live, rope_columns, R + P, P, BLOCK_P)
+    latents = widened(latents, q_latent.dtype, FOLDED)
+    ropes = widened(ropes, q_latent.dtype, FOLDED)
+    scores = tl.dot(q_latent, latents.T, input_precision="ieee")
+    scores = tl.dot(q_rope, ropes.T, scores, input_precision="ieee")
+    if MASKED:
+        scores = masked(scores, position + places, sees, 0)
+    return softmax_step(scores, factor, latents, acc, largest, total, True, LIFT if FOLDED else 0)
 
 
 @kernel
@@ -43,17 +75,18 @@ def _mla_attend(
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
     begin, end = round_items(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
         SHORT, SHORTS, LONG, 0,
     )  # fmt: skip
-    if begin + slot >= end:
+    item = begin + slot
+    if item >= end:
         return
     segment, first_row, start, length, context, begin, end, split_end = load_item(
-        items_ptr, begin + slot, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+        items_ptr, item, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
     )
     if begin >= end:  # no row of this tile sees so far
         return
@@ -61,10 +94,8 @@ def _mla_attend(
         if lent(mates_ptr, segment, segment_start, split_end):
             return  # these rows are in the leader's tile
 
-    dtype = q_ptr.dtype.element_ty
     rows = first_row + tl.arange(0, ROWS)
     token = tl.where(rows < length * H, rows // H, 0)  # a row that is not there repeats another, and is not stored
-    sees = context - length + token + 1
     query = start + token
     present = 0
     nth = tl.arange(0, ROWS) // H if ROWS % H == 0 else rows // H - first_row // H  # query token of this tile
@@ -84,6 +115,8 @@ def _mla_attend(
     q_row = query.to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
     latent_columns = tl.arange(0, BLOCK_R)
     rope_columns = tl.arange(0, BLOCK_P)
+    if FOLDED:
+        factor *= UP * UP
     q_latent = load_tile(q_ptr, q_row, every, latent_columns, 1, R, BLOCK_R)
     q_rope = load_tile(q_ptr + R, q_row, every, rope_columns, 1, P, BLOCK_P)
     table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
@@ -91,18 +124,34 @@ def _mla_attend(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_R), tl.float32)
-    for position in range(begin, end, TOKENS):
-        positions = position + tl.arange(0, TOKENS)
-        live = positions < end
-        page_row = page_rows(table, positions, live, S)
-        latents = load_tile(pages_ptr, page_row, live, latent_columns, R + P, R, BLOCK_R).to(dtype)
-        ropes = load_tile(pages_ptr + R, page_row, live, rope_columns, R + P, P, BLOCK_P).to(dtype)
-        scores = tl.dot(q_latent, latents.T, input_precision="ieee")
-        scores = tl.dot(q_rope, ropes.T, scores, input_precision="ieee") * factor
-        scores = masked(scores, positions, sees, 0)
-        acc, largest, total = softmax_step(scores, latents, acc, largest, total, True)
-    inside = rows < length * H
-    if TOGETHER > 1:
+    # Before this position every row sees every token, and no load and no score needs a mask.
+    all_see = begin + (tl.minimum(end, context - length + first_row // H + 1) - begin) // TOKENS * TOKENS
+    for position in range(begin, all_see, TOKENS):
+        acc, largest, total = _step(
+            q_latent, q_rope, pages_ptr, table, position, end, token, acc, largest, total, factor,
+            R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, False,
+        )  # fmt: skip
+    # What is read anew has taken no registers from the loop.
+    segment, first_row, start, length, context, begin, end, _ = load_item(
+        items_ptr, item, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+    )
+    rows = first_row + tl.arange(0, ROWS)
+    sees = context - length + tl.where(rows < length * H, rows // H, 0) + 1
+    for position in tl.range(tl.maximum(begin, all_see), end, TOKENS, num_stages=1 if FOLDED else 2):
+        acc, largest, total = _step(
+            q_latent, q_rope, pages_ptr, table, position, end, sees, acc, largest, total, factor,
+            R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, True,
+        )  # fmt: skip
+    if FOLDED:
+        acc *= UP
+        total *= DOWN
+    if TOGETHER == 1:
+        tl.debug_barrier()  # or the compiler would keep what it has read before
+        _, first_row, _, length, _, _, _, _ = load_item(
+            items_ptr, item, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+        )
+        inside = tl.arange(0, ROWS) < length * H - first_row
+    else:
         inside = (present >> nth) & 1 != 0
     place = slot.to(tl.int64)
     store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
@@ -196,5 +245,6 @@ def decode_configuration(
         "BLOCK_P": tile_width(rope),
         **split.SPLITS.constants(),
         "TOGETHER": together,
+        "FOLDED": folded(pointer, pages),
     }
     return Configuration(_mla_attend, types, constants, num_warps=4, num_stages=stages)

@@ -35,7 +35,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("max_model_len", 131_073, "at most 131072"),
     *(("kv_cache_gib", value, NUMBER) for value in (0.0, -1.0, -1, NAN, INF, "1", True, [1])),
     ("kv_cache_gib", 1e-7, "at least 0.0000916"),
-    *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, None, "auto")),
+    *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, "auto")),
     *(("budget_tokens", value, COUNT) for value in (0, 2**31, 1.5)),
     *(("max_chunk_tokens", value, COUNT) for value in (0, "all")),
     *(("max_step_ms", value, "a finite number from 0 to 1000000000.0") for value in (-1.0, 1e10, float("nan"))),
