@@ -120,6 +120,19 @@ def test_more_tokens_in_a_bin_than_the_list_has(settings: dict[str, float], spre
         assert torch.equal(ops.draw(logits, *parameters), ref.draw(logits, *parameters))
 
 
+def test_tokens_win_by_their_score_and_by_their_noise() -> None:
+    """A few tokens with a likely score, whose random words are small as a rule, among many that are six below."""
+    logits = torch.zeros(1, 5000)
+    logits[0, 100::125] = 6.0
+    found = []
+    for seed in range(12):
+        parameters = parameters_of(1)
+        parameters[4].fill_(seed)
+        found.append(ops.draw(logits, *parameters))
+        assert torch.equal(found[-1], ref.draw(logits, *parameters)), seed
+    assert {float(logits[0, token]) for token in found} == {0.0, 6.0}
+
+
 def test_a_large_mass_is_summed_whole() -> None:
     """All tokens of a piece have the largest mass there is, and fall in one bin."""
     logits = torch.zeros(1, 4096)
