@@ -221,7 +221,8 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
         count *= 2
     if count == 1:
         return wide, Parts(1, weights.k)
-    each, apart = -(-steps // count) * chosen.block_k, tokens <= APART_TOKENS
+    each = -(-steps // count) * chosen.block_k
+    apart = tokens <= APART_TOKENS
     if weights.format in GROUP and not (apart and wide.num_warps == 4):  # registers for two sums
         chosen = replace(wide, block_t=min(wide.block_t, 64), num_warps=8)
     return chosen, Parts(-(-weights.k // each), each, apart)
