@@ -183,7 +183,7 @@ def spread(chosen: Tile, weights: Weights, outputs: int, matrices: int, multipro
     deep = 2 * chosen.block_k
     if weights.format not in GROUP or chosen.block_t > 16 or weights.k % deep:
         return chosen
-    few = WIDTH_KEEPS_BITS and programs < SPREAD * multiprocessors
+    few = programs < SPREAD * multiprocessors
     return replace(chosen, block_n=chosen.block_n // 2, block_k=deep) if few else chosen
 
 
