@@ -40,7 +40,15 @@ SIZES = (
 )
 # Models beside those of the cases: shards, for what they change but dense products; and for `linear`, which has the
 # product behind attention, models for those before it.
-SHARDED = ("apply_rope", "rotate_and_write_keys_values", "mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill")
+SHARDED = (
+    "apply_rope",
+    "rotate_and_write_keys_values",
+    "mla_decode",
+    "mla_values",
+    "mla_prefill",
+    "gqa_decode",
+    "gqa_prefill",
+)
 MORE = {
     "linear": [
         ModelSizes(name=f"{model.name} {k} to {n}", hidden=n, heads=1, head_dim=k)

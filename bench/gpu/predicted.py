@@ -54,7 +54,7 @@ SIZES = (
 LAUNCHED = {
     SMALL4: (
         "add_rms_norm", "linear_terms", "rope_tables", "apply_rope", "norm_latents", "mla_prefill",
-        "rotate_and_absorb", "mla_decode", "mla_unabsorb", "route_groups", "expert_terms", "lm_head", "draw",
+        "rotate_and_absorb", "mla_values", "route_groups", "expert_terms", "lm_head", "draw",
     ),
     SMALL3: (
         "add_rms_norm", "linear_terms", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
@@ -141,6 +141,16 @@ def _combine(call: Call, seen: Launch) -> Part:
     return Part(ceil(splits / seen.kernel.constants["CHUNK"]), num_bytes=moved)
 
 
+def _values(call: Call, seen: Launch) -> Part:
+    """Sums of some tokens' partial results, and a head's W_UV."""
+    c, model, rows = seen.kernel.constants, call.model, call.size.rows
+    context = call.size.context
+    splits = context / 512 if context <= 8192 else 16 + context / 1024
+    moved = rows * model.heads * ((model.rank + 2) * 4 * splits + model.value_dim * 2)
+    weights = model.heads * model.value_dim * model.rank * 2
+    return Part(ceil(splits / c["CHUNK"]) * min(c["LIVE"], rows), num_bytes=moved + weights)
+
+
 def _flash(call: Call, seen: Launch) -> Part:
     c, (rows, pairs, _) = seen.kernel.constants, call.size.queries()
     return Part(ceil((pairs / rows + c["ROWS"] / 2) / c["TOKENS"]) * c["TOKENS"])
@@ -166,6 +176,7 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "mla_attend": _attend,
     "gqa_attend": _attend,
     "combine": _combine,
+    "values": _values,
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,

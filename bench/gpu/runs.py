@@ -25,9 +25,19 @@ MODEL_S = 75.0  # of a cell of a whole model: the first one of a process makes i
 
 # Operations of Small 4 in the order of what they decide; those that are not named come last.
 ORDER = (
-    *("expert_terms", "mla_decode", "mla_prefill", "rotate_and_absorb", "mla_unabsorb", "linear", "lm_head"),
+    *("expert_terms", "mla_values", "mla_prefill", "rotate_and_absorb", "linear", "lm_head"),
     *("route_groups", "draw", "peaks", "top_tokens", "log_probabilities", "norm_latents", "add_rms_norm"),
-    *("expert_mlp", "mla_absorb", "route", "group_by_expert", "write_normed_latents", "write_latents", "rms_norm"),
+    *(
+        "expert_mlp",
+        "mla_decode",
+        "mla_absorb",
+        "mla_unabsorb",
+        "route",
+        "group_by_expert",
+        "write_normed_latents",
+        "write_latents",
+        "rms_norm",
+    ),
     *("rope_tables", "apply_rope"),
 )
 FIRST_FORMATS = ("nvfp4", "fp8", "bf16")
@@ -35,7 +45,7 @@ DECODES = ("decode 1", "decode 8", "decode 64", "decode 256")
 # The first timings of Small 4, 25 together: operation -> sizes and formats.
 FIRST_TIMINGS = {
     "expert_terms": (*(f"{size}, nvfp4" for size in (*DECODES, "prefill 8192")), "decode 64, fp8"),
-    "mla_decode": (
+    "mla_values": (
         *(f"{size}, fp8" for size in (*DECODES[:1], *DECODES[2:], "decode 64, one prefix", "decode 1 of 256k")),
         "decode 64, bf16",
     ),

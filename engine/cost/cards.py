@@ -38,6 +38,7 @@ STEP_NAMES = {
     "expert_terms": "expert_mlp",
     "rotate_and_absorb": "mla_absorb",
     "route_groups": "route",
+    "mla_values": "mla_decode",
 }
 WIDTHS = {"small4": 4096, "small3": 5120}  # of the models of the table
 _NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")

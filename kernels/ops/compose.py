@@ -168,7 +168,7 @@ def route_groups(
     top_groups: int,
     renormalise: bool,
     scale: float,
-    ids: Tensor | None,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ops/moe.py."""
     settings = {"top_k": top_k, "groups": groups, "top_groups": top_groups}

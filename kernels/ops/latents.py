@@ -1,4 +1,4 @@
-"""What stands between the first product of MLA and queries in latent space. Letters as in attention.py; F = P/2."""
+"""Norms, rotations and products of MLA between its first product and attention. Letters as there; F = P/2."""
 
 from __future__ import annotations
 

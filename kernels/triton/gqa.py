@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
+from cierzo.kernels.triton.combine import into_rows
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention, tile_width
@@ -95,8 +96,9 @@ def gqa_decode(
         POINTER[q.dtype], POINTER[k_pages.dtype], shape, k_pages.shape[1], (q.stride(0), q.stride(1))
     )
     out = q.new_empty(q.shape)
+    finish = into_rows(out, shape, sinks)
     split.decode(
-        configuration, out, queries, shape, scale, sinks, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages
+        configuration, out, queries, shape, scale, finish, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages
     )
     return out
 

@@ -1,5 +1,5 @@
-"""What stands between MLA's first product and the queries in latent space: norms, rotations and the cache entry in
-one launch, then each head's rotation and product in another.
+"""Norms, rotations and cache entry between MLA's first product and its queries in one launch; then each head's
+rotation and product in another.
 
     product [T, Q+R+P]   q latent | latent | rope key      parts of k are added while they are read (terms.py)
     norm_latents         q latent after its norm, in the dtype or in codes; [latent after its norm | rotated rope

@@ -21,6 +21,7 @@ from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
+from cierzo.kernels.triton.combine import into_rows
 from cierzo.kernels.triton.expand import expand
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
@@ -192,8 +193,9 @@ def decode_into(
     # Without mates their tables are not read.
     tables = (mates.mates, mates.members) if mates else (queries.query_starts, queries.query_starts)
     arguments = {"q_ptr": q, "pages_ptr": pages, "mates_ptr": tables[0], "members_ptr": tables[1]}
-    finished = None if finish is None else finish(shape, mates.together if mates else 1)
-    split.decode(configuration, out, queries, shape, scale, mates=mates, finish=finished, **arguments)
+    shared = mates.together if mates else 1
+    finished = into_rows(out, shape, together=shared) if finish is None else finish(shape, shared)
+    split.decode(configuration, out, queries, shape, scale, finished, mates, **arguments)
 
 
 def mla_prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -65,15 +66,16 @@ def sum_terms(terms: Terms) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """How rows lie in memory: types and constants of load_rows."""
+    """How rows lie in memory. pointer: to the values, such as "*bf16". stride: from a row, or a term of it, to the
+    next, in values. parts, slots, shared: as in Terms; none for rows."""
 
-    def __init__(self, pointer: str, stride: int, parts: int = 0, slots: int = 0, shared: bool = False) -> None:
-        """pointer: to the values, such as "*bf16". stride: from a row, or a term of it, to the next, in values."""
-        self.types = {"x_ptr": pointer} | ({"tokens": "i32"} if parts or slots else {})
-        self.types |= {"shares_ptr": "*fp32"} if slots else {}
-        missing: dict[str, Any] = dict.fromkeys(sorted({"shares_ptr", "tokens"} - self.types.keys()))
-        self.constants = {"X_STRIDE": stride, "PARTS": parts, "SLOTS": slots, "SHARED": shared, **missing}
+    pointer: str
+    stride: int
+    parts: int = 0
+    slots: int = 0
+    shared: bool = False
 
     @classmethod
     def of(cls, rows: Summands) -> Layout:
@@ -81,6 +83,19 @@ class Layout:
         if isinstance(rows, Tensor):
             return cls(POINTER[rows.dtype], rows.stride(0))
         return cls(POINTER[rows.values.dtype], rows.shape[1], rows.parts, rows.slots, rows.shared)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Types of the arguments of load_rows."""
+        types = {"x_ptr": self.pointer} | ({"tokens": "i32"} if self.parts or self.slots else {})
+        return types | ({"shares_ptr": "*fp32"} if self.slots else {})
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constants of load_rows."""
+        missing = dict.fromkeys(sorted({"shares_ptr", "tokens"} - self.types.keys()))
+        sizes = {"X_STRIDE": self.stride, "PARTS": self.parts, "SLOTS": self.slots, "SHARED": self.shared}
+        return {**sizes, **missing}
 
 
 def arguments(rows: Summands) -> dict[str, Any]:

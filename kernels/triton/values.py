@@ -15,10 +15,11 @@ from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.combine import combine_configuration, combined
 from cierzo.kernels.triton.launch import POINTER, Configuration
 from cierzo.kernels.triton.mla import decode_into
 from cierzo.kernels.triton.paged import tile_width
-from cierzo.kernels.triton.split import Finish, Shape, combine_configuration, combined
+from cierzo.kernels.triton.split import Finish, Shape
 
 TOKENS = 16  # rows of the product: as few as the columns of an MMA can be
 PROGRAMS = 512  # of a step, about: each reads a head's W_UV, so with more tokens a program has several
@@ -69,8 +70,9 @@ def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_
     out = q.new_empty(q.shape[0], heads, width)
 
     def finish(shape: Shape, together: int) -> Finish:
-        configuration = values_configuration(POINTER[q.dtype], shape, width, len(out), together)
-        grid = (triton.cdiv(len(out), configuration.constants["LIVE"]), heads)
+        live = live_tokens(len(out), heads)
+        configuration = values_configuration(POINTER[q.dtype], shape, width, live, together)
+        grid = (triton.cdiv(len(out), live), heads)
         return Finish(configuration, grid, {"weight_ptr": weight, "queries": len(out)})
 
     decode_into(out, q, pages, queries, scale, rank, finish)
@@ -82,10 +84,11 @@ def live_tokens(tokens: int, heads: int) -> int:
     return min(TOKENS, triton.next_power_of_2(max(1, triton.cdiv(tokens * heads, PROGRAMS))))
 
 
-def values_configuration(pointer: str, shape: Shape, width: int, tokens: int, together: int = 1) -> Configuration:
-    """pointer: to weights and values, such as "*bf16". width: V."""
+def values_configuration(pointer: str, shape: Shape, width: int, live: int, together: int = 1) -> Configuration:
+    """pointer: to weights and values, such as "*bf16". width: V. live: tokens of a program."""
     combining = combine_configuration(pointer, shape, together=together)
-    types = {name: kind for name, kind in combining.types.items() if name != "sinks_ptr"}
-    constants = {**combining.constants, "V": width, "BLOCK_V": tile_width(width), "TOKENS": TOKENS}
-    constants["LIVE"] = live_tokens(tokens, shape.group)
+    types = combining.types
+    constants = {name: value for name, value in combining.constants.items() if name != "sinks_ptr"}
+    constants |= {"V": width, "BLOCK_V": tile_width(width), "TOKENS": TOKENS}
+    constants["LIVE"] = live
     return Configuration(_values, {**types, "weight_ptr": pointer, "queries": "i32"}, constants, num_warps=4)

@@ -68,6 +68,10 @@ TINY4_DECODE: dict[str, Counted] = {
     "mla_absorb": ((2 * 16 * 32 + 2 * 2 * (16 + 32)) * 2, 2 * 2 * 2 * 16 * 32),
     "mla_unabsorb": ((2 * 32 * 32 + 2 * 2 * (32 + 32)) * 2, 2 * 2 * 2 * 32 * 32),
     "mla_decode": MLA_DECODE,
+    "mla_values": (  # pages, queries, results, and each head's W_UV
+        (2 * 64 * 48 + 2 * 2 * 48 + 2 * 2 * 32 + 2 * 32 * 32) * 2,
+        2 * 128 * 2 * (48 + 32) + 2 * 2 * 2 * 32 * 32,
+    ),
     "copy_blocks": (2 * 4 * 16 * 48 * 2, 0),
     "gather_blocks": (2 * 4 * 16 * 48 * 2, 0),
     "scatter_blocks": (2 * 4 * 16 * 48 * 2, 0),

@@ -20,10 +20,10 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def terms_of(kind: str, dtype: torch.dtype, tokens: int = T) -> Terms:
+def terms_of(kind: str, dtype: torch.dtype, tokens: int = T, largest: float = 1e7) -> Terms:
     """Terms of very different sizes, so that their order counts."""
     if kind == "parts":
-        sizes = torch.tensor([1.0, 1e7, -1e7])
+        sizes = torch.tensor([1.0, largest, -largest])
         return Terms(random(3, tokens, D) * sizes[:, None, None], None, dtype)
     shared = tokens if kind.endswith("shared") else 0
     return Terms((random(tokens * 4 + shared, D) * 1e3).to(dtype), random(tokens, 4), dtype)
@@ -43,7 +43,8 @@ def test_sums_are_the_references(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_norm_adds_terms_as_their_sum_would_be_added(kind: str, dtype: torch.dtype) -> None:
-    found, weight = terms_of(kind, dtype), random(D).to(dtype)
+    # Parts as large as the residual, so that their rounding counts.
+    found, weight = terms_of(kind, dtype, largest=1.0), random(D).to(dtype)
     total = ref.sum_terms(found)
     residuals = [random(T, D).to(dtype) for _ in range(4)]
     normed = norm.add_rms_norm(found, residuals[0], weight, 1e-5)
