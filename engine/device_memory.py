@@ -129,7 +129,9 @@ def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int
     item = 4 * heads * ROWS * (width + 2)
     rest = max_model_len - SHORT * SHORTS
     each = -(-max_model_len // SHORT) if rest <= 0 else SHORTS + -(-rest // LONG)
-    bounded, all_of_them = tiles * (size * (SHORTS + 1) + bound // LONG), tiles * size * each
+    alike = bound / size  # most splits, as split.py's Splits.most has it
+    splits = min(alike / SHORT, SHORTS) + max(alike - SHORT * SHORTS, 0) / LONG
+    bounded, all_of_them = tiles * (size + int(size * splits)), tiles * size * each
     items = bounded if bounded < all_of_them else min(all_of_them, max(1, PARTIAL_BYTES // item))
     rows = max(_mlp_bytes(model), _attention_bytes(model))
     return items * item + size * (rows + 4 * model.vocab_size)

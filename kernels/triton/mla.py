@@ -25,16 +25,16 @@ from cierzo.kernels.triton.combine import into_rows
 from cierzo.kernels.triton.expand import expand
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
-from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention, tile_width, value_bits
+from cierzo.kernels.triton.paged import anew, load_tile, page_rows, require_attention, tile_width, value_bits
 from cierzo.kernels.triton.prefix import guests, lent, prefixes
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
 from cierzo.kernels.triton.split import Shape, load_item, round_items, store_partial
-from cierzo.kernels.triton.widen import DOWN, LIFT, UP, folded, widened
+from cierzo.kernels.triton.widen import DOWN, LIFT, UNFOLD, UP, folded, widened
 
 # Bits of a cached value -> tokens of a tile (a split is a multiple of them, and so is a page by default on a GPU),
 # and stages of the pipeline. Two programs of 64 rows then fit into the memory of a multiprocessor: the softmax of
 # one hides behind the products of the other.
-TILES = {8: (64, 2), 16: (64, 2), 32: (32, 2)}
+TILES = {8: (64, 2), 16: (64, 3), 32: (32, 2)}
 
 
 @kernel
@@ -69,6 +69,20 @@ def _step(
 
 
 @kernel
+def _guests(
+    mates_ptr, members_ptr, segment, segment_end, first_row, length, split_end,
+    H: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Two words with a bit for each query token of a tile: set if it is another segment's, and if there is one."""
+    BITS: tl.constexpr = 32 if ROWS < 32 * H else 64
+    places = tl.arange(0, BITS)
+    _, found = guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER)
+    own = first_row // H + places < length
+    kind: tl.constexpr = tl.int32 if BITS == 32 else tl.int64
+    return tl.sum(found.to(kind) << places, 0), tl.sum((own | found).to(kind) << places, 0)
+
+
+@kernel
 def _mla_attend(
     q_ptr, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, items_ptr, firsts_ptr,
     mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
@@ -78,16 +92,14 @@ def _mla_attend(
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0)
-    begin, end = round_items(
+    first, last = round_items(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
         SHORT, SHORTS, LONG, 0,
     )  # fmt: skip
-    item = begin + slot
-    if item >= end:
+    if first + tl.program_id(0) >= last:
         return
     segment, first_row, start, length, context, begin, end, split_end = load_item(
-        items_ptr, item, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+        items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
     )
     if begin >= end:  # no row of this tile sees so far
         return
@@ -98,26 +110,18 @@ def _mla_attend(
     rows = first_row + tl.arange(0, ROWS)
     token = tl.where(rows < length * H, rows // H, 0)  # a row that is not there repeats another, and is not stored
     query = start + token
-    present = 0
-    nth = tl.arange(0, ROWS) // H if ROWS % H == 0 else rows // H - first_row // H  # query token of this tile
     if TOGETHER > 1:
-        BITS: tl.constexpr = 32 if ROWS < 32 * H else 64
-        places = tl.arange(0, BITS)
-        _, found = guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_end, TOGETHER)
-        joined = tl.sum(found.to(tl.int32 if BITS == 32 else tl.int64) << places, 0)
+        joined, _ = _guests(
+            mates_ptr, members_ptr, segment, segment_end, first_row, length, split_end, H, ROWS, TOGETHER
+        )
+        nth = rows // H - first_row // H  # query token of this tile
         joins = (joined >> nth) & 1 != 0
         guest = tl.load(members_ptr + segment * TOGETHER + nth, mask=joins, other=0)
         query = tl.where(joins, tl.load(query_starts_ptr + guest, mask=joins, other=0), query)
-        # A bit for each query token of the tile, set if there is one. Which rows are stored is found from this word
-        # after the loop, which has no registers to spare for their masks.
-        own = first_row // H + places < length
-        present = tl.sum((own | found).to(joined.dtype) << places, 0)
     every = tl.full((ROWS,), True, tl.int1)
     q_row = query.to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
     latent_columns = tl.arange(0, BLOCK_R)
     rope_columns = tl.arange(0, BLOCK_P)
-    if FOLDED:
-        factor *= UP * UP
     q_latent = load_tile(q_ptr, q_row, every, latent_columns, 1, R, BLOCK_R)
     q_rope = load_tile(q_ptr + R, q_row, every, rope_columns, 1, P, BLOCK_P)
     table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
@@ -132,13 +136,17 @@ def _mla_attend(
             q_latent, q_rope, pages_ptr, table, position, end, token, acc, largest, total, factor,
             R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, False,
         )  # fmt: skip
-    # What is read anew has taken no registers from the loop.
-    segment, first_row, start, length, context, begin, end, _ = load_item(
-        items_ptr, item, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+    # What follows reads all that it needs anew, so that the loops before keep no registers for it.
+    first, _ = round_items(
+        query_starts_ptr, firsts_ptr, context_lengths_ptr, anew(segment_start), segment_end, tile_start, tile_end,
+        SHORT, SHORTS, LONG, 0,
+    )  # fmt: skip
+    segment, first_row, start, length, context, begin, end, split_end = load_item(
+        items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
     )
     rows = first_row + tl.arange(0, ROWS)
     sees = context - length + tl.where(rows < length * H, rows // H, 0) + 1
-    for position in tl.range(tl.maximum(begin, all_see), end, TOKENS, num_stages=1 if FOLDED else 2):
+    for position in tl.range(tl.maximum(begin, all_see), end, TOKENS, num_stages=2):
         acc, largest, total = _step(
             q_latent, q_rope, pages_ptr, table, position, end, sees, acc, largest, total, factor,
             R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, True,
@@ -146,15 +154,20 @@ def _mla_attend(
     if FOLDED:
         acc *= UP
         total *= DOWN
-    if TOGETHER == 1:
-        tl.debug_barrier()  # or the compiler would keep what it has read before
-        _, first_row, _, length, _, _, _, _ = load_item(
-            items_ptr, item, query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+    first, _ = round_items(
+        query_starts_ptr, firsts_ptr, context_lengths_ptr, anew(segment_start), segment_end, tile_start, tile_end,
+        SHORT, SHORTS, LONG, 0,
+    )  # fmt: skip
+    segment, first_row, start, length, context, begin, end, split_end = load_item(
+        items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+    )
+    inside = tl.arange(0, ROWS) < length * H - first_row
+    if TOGETHER > 1:
+        _, present = _guests(
+            mates_ptr, members_ptr, segment, segment_end, first_row, length, split_end, H, ROWS, TOGETHER
         )
-        inside = tl.arange(0, ROWS) < length * H - first_row
-    else:
-        inside = (present >> nth) & 1 != 0
-    place = slot.to(tl.int64)
+        inside = (present >> ((first_row + tl.arange(0, ROWS)) // H - first_row // H)) & 1 != 0
+    place = tl.program_id(0).to(tl.int64)
     store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
 
 
@@ -181,6 +194,7 @@ def decode_into(
     shape = Shape(kv_heads=1, group=heads, width=rank)
     together = shape.rows // heads
     mates = prefixes(queries, pages.shape[1], together)
+    fold = folded(POINTER[q.dtype], POINTER[pages.dtype])
     configuration = decode_configuration(
         POINTER[q.dtype],
         POINTER[pages.dtype],
@@ -193,9 +207,9 @@ def decode_into(
     # Without mates their tables are not read.
     tables = (mates.mates, mates.members) if mates else (queries.query_starts, queries.query_starts)
     arguments = {"q_ptr": q, "pages_ptr": pages, "mates_ptr": tables[0], "members_ptr": tables[1]}
-    shared = mates.together if mates else 1
+    shared, unfold = mates.together if mates else 1, UNFOLD if fold else 1.0
     finished = into_rows(out, shape, together=shared) if finish is None else finish(shape, shared)
-    split.decode(configuration, out, queries, shape, scale, finished, mates, **arguments)
+    split.decode(configuration, out, queries, shape, scale, finished, mates, unfold, **arguments)
 
 
 def mla_prefill(

@@ -59,6 +59,16 @@ class Splits:
         whole = -(-context // self.short) if rest <= 0 else self.shorts + -(-rest // self.long)
         return min(whole, -(-(seen - 1) // min(self.short, self.long)) + 1) if seen else whole
 
+    def most(self, segments: int, total: int) -> int:
+        """Largest number of splits of so many contexts of `total` tokens in all.
+
+        Ahead of rounding up, splits are a concave function of a context: most if all contexts are alike.
+        """
+        alike = total / segments
+        shorts = min(alike / self.short, self.shorts)
+        longs = max(alike - self.short * self.shorts, 0) / self.long
+        return segments + int(segments * (shorts + longs))
+
     def constants(self) -> dict[str, int]:
         """The kernels' constants of the same names."""
         return {"SHORT": self.short, "SHORTS": self.shorts, "LONG": self.long}
@@ -260,7 +270,7 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     bound = sum(part.capacity for part in rounds)
     if queries.total_context:
         tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
-        together = tiles * (segments * (SPLITS.shorts + 1) + queries.total_context // SPLITS.long)
+        together = tiles * SPLITS.most(segments, queries.total_context)
         if together < bound:
             bound, rounds = together, [Round(0, segments, 0, -1, together)]
     items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
@@ -345,13 +355,14 @@ def decode(
     scale: float,
     finish: Finish,
     mates: Prefixes | None = None,
+    unfold: float = 1.0,
     **arguments: Tensor,
 ) -> None:
     """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, and add up its partial
     results by `finish`, into out.
 
-    scale: of the scores. mates: the sequences that share programs. Rows past the last segment
-    become 0.
+    scale: of the scores, above 0. mates: the sequences that share programs. unfold: what the kernel's keys are to be
+    multiplied by. Rows past the last segment become 0.
     """
     made = plan(queries, shape, len(out))
     partials = Partials.empty(made, shape)
@@ -369,7 +380,7 @@ def decode(
             maxima_ptr=partials.maxima,
             sums_ptr=partials.sums,
             table_stride=queries.block_tables.stride(0),
-            factor=scale * LOG2_E,
+            factor=scale * LOG2_E * unfold,
             **part.arguments(),
             **arguments,
         )

@@ -21,6 +21,7 @@ import triton.language as tl
 from cierzo.kernels.triton.launch import kernel
 
 LIFT = tl.constexpr(60)  # the exponent by which weights are lifted: half of 120
+UNFOLD = 2.0**120  # what the factor of the scores is multiplied by
 UP, DOWN = tl.constexpr(2.0**60), tl.constexpr(2.0**-60)
 
 

@@ -210,11 +210,11 @@ def test_constants_of_kernels_are_the_kernels_own() -> None:
 
 def test_recorded_steps_of_many_sequences_leave_less_to_the_cache(tmp_path: Path) -> None:
     model = full(tmp_path, "small3")
-    few, many = (StepLimits(8192, 512, number, 131_072) for number in (0, 512))
+    few, many = (StepLimits(8192, 1024, number, 131_072) for number in (0, 1024))
     rooms = [device_memory.kv_room_bytes(model, "fp8", H200, limits, 163_840) for limits in (few, many)]
     assert rooms[0] - rooms[1] > 1 << 30
-    replayed = device_memory.replayed_bytes(model, 512, 1_000_000, 131_072)
-    assert replayed > 2 << 30
+    replayed = device_memory.replayed_bytes(model, 1024, 1_000_000, 131_072)
+    assert replayed > 1 << 30
     assert device_memory.workspace_bytes(model, many, 1_000_000) > 2 * replayed  # each is run before it is recorded
     logits = 4 * 4 * 2048 * model.vocab_size  # more than any step's tensors
     assert device_memory.workspace_bytes(model, StepLimits(1024, 2048, 0, 4096), 0) == logits

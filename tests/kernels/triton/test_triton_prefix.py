@@ -156,7 +156,9 @@ def test_prefixes_are_those_of_the_rule(together: int, monkeypatch: pytest.Monke
 
 def test_it_is_left_alone_where_it_cannot_pay() -> None:
     queries = make_queries([(1, 9)], torch.arange(1), torch.zeros(1, 3, dtype=torch.int32))
-    assert prefix.prefixes(queries, 5, 4) is None  # one sequence
+    found = prefix.prefixes(queries, 5, 4)  # one sequence: its own leader, without a launch
+    assert found is not None
+    assert (found.mates.tolist(), found.members.tolist()) == ([[0, 0, 0]], [[-1] * 4])
     queries = make_queries([(1, 9)] * 2, torch.arange(2), torch.zeros(2, 3, dtype=torch.int32))
     assert prefix.prefixes(queries, 5, 1) is None  # no room for two
     assert prefix.prefixes(queries, 5, 2) is not None
