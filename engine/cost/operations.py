@@ -173,8 +173,8 @@ def by_head(operation: str, s: ModelSizes, rows: Number) -> Work:
 def rotate_and_absorb(s: ModelSizes, rows: Number) -> Work:
     """mla_absorb of queries that are rotated, and scaled, on the way."""
     absorbed, angles = by_head("mla_absorb", s, rows), rows * (s.rope + 1) * FP32
-    moved = {"num_bytes": absorbed.num_bytes + angles, "replicated_bytes": absorbed.replicated_bytes + angles}
-    return replace(absorbed, operation="rotate_and_absorb", **moved)
+    moved = absorbed.num_bytes + angles  # all of which each card moves
+    return replace(absorbed, operation="rotate_and_absorb", num_bytes=moved, replicated_bytes=moved)
 
 
 def mla_decode(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:
@@ -188,8 +188,13 @@ def mla_values(decoding: Work, s: ModelSizes, rows: Number) -> Work:
     """mla_decode and mla_unabsorb, whose latents stay between them."""
     out = by_head("mla_unabsorb", s, rows)
     moved = decoding.num_bytes + out.num_bytes - 2 * rows * s.heads * s.rank * s.value_bytes
-    added = {"num_bytes": moved, "operations": decoding.operations + out.operations}
-    return replace(decoding, operation="mla_values", replicated_bytes=out.replicated_bytes, **added)
+    return replace(
+        decoding,
+        operation="mla_values",
+        num_bytes=moved,
+        operations=decoding.operations + out.operations,
+        replicated_bytes=out.replicated_bytes,
+    )
 
 
 def mla_prefill(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:

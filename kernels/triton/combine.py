@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from cierzo.kernels.triton import split as splitting
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.prefix import lent
 from cierzo.kernels.triton.softmax import sink_of
@@ -111,6 +110,7 @@ def into_rows(out: Tensor, shape: Shape, sinks: Tensor | None = None, together: 
     return Finish(configuration, (out.shape[0], out.shape[1]), {} if sinks is None else {"sinks_ptr": sinks})
 
 
+@kept
 def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, together: int = 1) -> Configuration:
     """pointer: to the result, such as "*bf16". together: sequences that may share a program; more than one only
     with a single key-value head."""
@@ -127,7 +127,7 @@ def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, toget
         "ROWS": shape.rows,
         "W": shape.width,
         "BLOCK_W": tile_width(shape.width),
-        **splitting.SPLITS.constants(),
+        **shape.cut.constants(),
         "WINDOW": shape.window,
         "CHUNK": 16,
         "SINKS": sinks,

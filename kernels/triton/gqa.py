@@ -138,7 +138,7 @@ def decode_configuration(
         "ROWS": shape.rows,
         "TOKENS": TOKENS,
         "BLOCK_D": tile_width(shape.width),
-        **split.SPLITS.constants(),
+        **shape.cut.constants(),
         "WINDOW": shape.window,
     }
     return Configuration(_gqa_attend, types, constants, num_warps=4, num_stages=2)

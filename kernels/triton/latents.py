@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.activations import Rows
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.activations import code_types, empty_rows, row_pointers, row_warps, store_row
 from cierzo.kernels.triton.cache_write import stored
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.launch import POINTER, Configuration, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, launch
 from cierzo.kernels.triton.norm import normed
 from cierzo.kernels.triton.paged import require_pages, tile_width
 from cierzo.kernels.triton.rope import rotated, store_pairs
@@ -198,7 +199,7 @@ def rotate_and_absorb(
     )
     launch(
         configuration,
-        (triton.cdiv(rows, TOKENS), heads, triton.cdiv(rank, configuration.constants["BLOCK_N"])),
+        (divide_up(rows, TOKENS), heads, divide_up(rank, configuration.constants["BLOCK_N"])),
         weight_ptr=w_uk_t.contiguous(),
         cos_ptr=cos.contiguous(),
         sin_ptr=sin.contiguous(),
@@ -211,6 +212,7 @@ def rotate_and_absorb(
     return out
 
 
+@kept
 def latents_configuration(
     pointers: tuple[str, str],
     layout: Layout,
@@ -231,6 +233,7 @@ def latents_configuration(
     return Configuration(_norm_latents, {**types, "eps": "fp32"}, constants, num_warps=row_warps(width))
 
 
+@kept
 def absorb_configuration(
     pointer: str, layout: Layout, sizes: tuple[int, int, int, int], interleaved: bool, scaled: bool
 ) -> Configuration:

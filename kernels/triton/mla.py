@@ -259,7 +259,7 @@ def decode_configuration(
         "TOKENS": tokens,
         "BLOCK_R": tile_width(shape.width),
         "BLOCK_P": tile_width(rope),
-        **split.SPLITS.constants(),
+        **shape.cut.constants(),
         "TOGETHER": together,
         "FOLDED": folded(pointer, pages),
     }

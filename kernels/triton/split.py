@@ -24,7 +24,7 @@ no room come out as NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,17 +80,18 @@ SPLITS = Splits(512, 16, 1024)
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a decoding: key-value heads, query heads for each (the group), columns of a result, rows of a tile.
-    window: tokens that a row sees, its own included; 0 is all of them."""
+    window: tokens that a row sees, its own included; 0 is all of them. cut: where contexts are cut."""
 
     kv_heads: int
     group: int
     width: int
     rows: int = ROWS
     window: int = 0
+    cut: Splits = field(default_factory=lambda: SPLITS)
 
     def splits(self, length: int, context: int) -> int:
         """Largest number of splits of a segment with at most `length` query tokens and `context` tokens."""
-        return SPLITS.count(context, self.window + length - 1 if self.window else 0)
+        return self.cut.count(context, self.window + length - 1 if self.window else 0)
 
     @property
     def item_bytes(self) -> int:
@@ -270,7 +271,7 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     bound = sum(part.capacity for part in rounds)
     if queries.total_context:
         tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
-        together = tiles * SPLITS.most(segments, queries.total_context)
+        together = tiles * shape.cut.most(segments, queries.total_context)
         if together < bound:
             bound, rounds = together, [Round(0, segments, 0, -1, together)]
     items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
@@ -361,8 +362,8 @@ def decode(
     """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, and add up its partial
     results by `finish`, into out.
 
-    scale: of the scores, above 0. mates: the sequences that share programs. unfold: what the kernel's keys are to be
-    multiplied by. Rows past the last segment become 0.
+    scale: of the scores, above 0. mates: the sequences that share programs. unfold: what the kernel's keys are to
+    be multiplied by. Rows past the last segment become 0.
     """
     made = plan(queries, shape, len(out))
     partials = Partials.empty(made, shape)
@@ -407,5 +408,11 @@ def plan_configuration(shape: Shape) -> Configuration:
     """Configuration of the kernel that makes the items."""
     tables = ("query_starts_ptr", "context_lengths_ptr", "items_ptr", "firsts_ptr", "row_segments_ptr")
     types = dict.fromkeys(tables, "*i32") | dict.fromkeys(("segments", "limit"), "i32")
-    constants = {"G": shape.group, "ROWS": shape.rows, **SPLITS.constants(), "WINDOW": shape.window, "BLOCK": 256}
+    constants = {
+        "G": shape.group,
+        "ROWS": shape.rows,
+        **shape.cut.constants(),
+        "WINDOW": shape.window,
+        "BLOCK": 256,
+    }
     return Configuration(_plan, types, constants)

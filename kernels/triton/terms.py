@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 SUM_BLOCK = 1024  # values of a row that one program adds up
 
@@ -61,7 +62,7 @@ def sum_terms(terms: Terms) -> Tensor:
     rows, width = terms.shape
     out = terms.values.new_empty(rows, width, dtype=terms.dtype)
     configuration = sum_configuration(POINTER[terms.dtype], Layout.of(terms), width)
-    grid = (rows, triton.cdiv(width, configuration.constants["BLOCK"]))
+    grid = (rows, divide_up(width, configuration.constants["BLOCK"]))
     launch(configuration, grid, out_ptr=out, **arguments(terms))
     return out
 
@@ -106,6 +107,7 @@ def arguments(rows: Summands) -> dict[str, Any]:
     return {"x_ptr": rows.values, "tokens": rows.shape[0], **shares}
 
 
+@kept
 def sum_configuration(pointer: str, layout: Layout, width: int) -> Configuration:
     """pointer: to the sums, such as "*bf16"."""
     block = min(SUM_BLOCK, triton.next_power_of_2(width))

@@ -7,16 +7,16 @@ others; how many tokens a program has, LIVE, follows from their number and chang
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.combine import combine_configuration, combined
-from cierzo.kernels.triton.launch import POINTER, Configuration
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept
 from cierzo.kernels.triton.mla import decode_into
 from cierzo.kernels.triton.paged import tile_width
 from cierzo.kernels.triton.split import Finish, Shape
@@ -72,7 +72,7 @@ def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_
     def finish(shape: Shape, together: int) -> Finish:
         live = live_tokens(len(out), heads)
         configuration = values_configuration(POINTER[q.dtype], shape, width, live, together)
-        grid = (triton.cdiv(len(out), live), heads)
+        grid = (divide_up(len(out), live), heads)
         return Finish(configuration, grid, {"weight_ptr": weight, "queries": len(out)})
 
     decode_into(out, q, pages, queries, scale, rank, finish)
@@ -81,9 +81,11 @@ def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_
 
 def live_tokens(tokens: int, heads: int) -> int:
     """Tokens of a program."""
-    return min(TOKENS, triton.next_power_of_2(max(1, triton.cdiv(tokens * heads, PROGRAMS))))
+    wanted = max(1, divide_up(tokens * heads, PROGRAMS))
+    return min(TOKENS, 1 << (wanted - 1).bit_length())
 
 
+@kept
 def values_configuration(pointer: str, shape: Shape, width: int, live: int, together: int = 1) -> Configuration:
     """pointer: to weights and values, such as "*bf16". width: V. live: tokens of a program."""
     combining = combine_configuration(pointer, shape, together=together)

@@ -96,7 +96,7 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
     device, values = _taken(kernel, arguments, runner.device_type)
     note(kernel.name)
     try:
-        runner.run(kernel, device, blocks, threads, shared_bytes, values)
+        runner.run(kernel, device, (x, y, z), threads, shared_bytes, values)
     except (DeviceFault, LaunchError) as error:
         shape = f"grid {blocks}, {threads} threads, {shared_bytes} bytes shared"
         call = f"{kernel.source}: {described(kernel.name, arguments)}, {shape}"
