@@ -128,7 +128,7 @@ def prefixes(queries: PagedQueries, block_tokens: int, together: int) -> Prefixe
     if together < 2:
         return None
     device = queries.block_tables.device
-    mates = torch.zeros(segments, 3, dtype=torch.int32, device=device)
+    mates = torch.zeros(max(1, segments), 3, dtype=torch.int32, device=device)
     members = torch.full((segments, together), -1, dtype=torch.int32, device=device)
     if segments < 2:  # its own leader, with no member but itself: nothing is to be found
         return Prefixes(mates, members)
