@@ -26,7 +26,7 @@ from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, longest_request, plan_kv
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
-from cierzo.engine.number_choice import PLACE, activations_format, listed, weights_format
+from cierzo.engine.number_choice import PLACE, activations_format, head_format, listed, weights_format
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import limit_of, require
 from cierzo.engine.weights.shapes import named_model_config
@@ -76,6 +76,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description="number format of what fp8 weights are multiplied with; auto: that of dtype; fp8 on a GPU "
             "alone, by the checkpoint's scales, or row by row where it has none"
         ),
+    ] = "auto"
+    head: Annotated[
+        Literal["auto", "fp8"],
+        Meta(description="number format of lm_head; auto: int8 on a CPU, else that of dtype; fp8 on a GPU alone"),
     ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "bf16", "fp8", "int8"],
@@ -166,6 +170,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str
     weights: str
     activations: str
+    head: str
     threads: int
     pin_threads: bool
     overlap: bool
@@ -193,7 +198,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
             (
                 "number formats",
-                f"weights {self.weights}, activations {self.activations}, KV cache {self.layout.dtype}",
+                f"weights {self.weights}, activations {self.activations}, head {self.head}, "
+                f"KV cache {self.layout.dtype}",
             ),
             ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
             (
@@ -240,6 +246,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
     weights, activations = weights_format(options, kind, dtype), activations_format(options, kind, dtype)
+    head = head_format(options, kind, weights, dtype)
     _require_rate(card, dtype, weights, activations)
     num_blocks, max_model_len = plan_kv(
         model,
@@ -257,6 +264,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         dtype=dtype,
         weights=weights,
         activations=activations,
+        head=head,
         threads=options.threads or min(usable_cpus(), MAX_THREADS),
         pin_threads=options.pin_threads,
         overlap=kind == "cuda" if options.overlap == "auto" else options.overlap == "on",
@@ -422,7 +430,8 @@ def _kv_room_bytes(
         max_model_len=longest_request(model.max_position_embeddings, options.max_model_len),
     )
     cards = 1 if card is None else card.cards
-    return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards)
+    head = head_format(options, kind, weights, dtype)
+    return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards, head)
 
 
 # --- environment -------------------------------------------------------------------------------------------

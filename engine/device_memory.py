@@ -27,7 +27,7 @@ ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
 PARTIAL_BYTES = 256 << 20
 SCORED_ROWS = 128  # of a prompt, whose logits are held at a time: worker/scoring.py's, which imports torch
 WORKSPACE_TOKENS = 16_384
-LAUNCHES_PER_LAYER = 24  # more than any layer has; a test counts
+LAUNCHES_PER_LAYER = 26  # more than any layer has; a test counts
 LAUNCH_BYTES = 16 << 10  # of a recorded launch, in the driver: assumed, no card has shown it
 
 
@@ -53,14 +53,21 @@ def free_bytes() -> int | None:
 
 
 def kv_room_bytes(
-    model: ModelConfig, weights: str, free: int, limits: StepLimits, token_bytes: int, cards: int = 1
+    model: ModelConfig,
+    weights: str,
+    free: int,
+    limits: StepLimits,
+    token_bytes: int,
+    cards: int = 1,
+    head: str = "",
 ) -> int:
     """Bytes that are left for the KV cache of `free` bytes on each of `cards` GPUs, between which the weights are
-    divided. token_bytes: of a token in the cache. Raises ConfigError, with the numbers, if nothing is left."""
+    divided. token_bytes: of a token in the cache. head: number format of lm_head, where it is another than that
+    which follows from the weights'. Raises ConfigError, with the numbers, if nothing is left."""
     plain = "float32" if weights == "float32" else "bf16"
 
     def taken_by(format: str) -> int:
-        return weight_bytes(model, NumberFormats(weights=format, plain=plain))
+        return weight_bytes(model, NumberFormats(weights=format, plain=plain, head=head))
 
     needed = taken_by(weights)
     usable = int(cards * free * USABLE_SHARE)

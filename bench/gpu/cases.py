@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise, stack
 from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
@@ -114,7 +115,7 @@ class Maker:
         else:
             matrix = quantise(plain, self.weights, block=block)
         if self.format not in BY_FP8:
-            return matrix
+            return fp8.weave(matrix)
         static, experts = BY_FP8[self.format], shape[0] if len(shape) == 3 else 1
         return in_fp8(matrix, None if static is None else torch.full((experts,), static, device=self.device))
 

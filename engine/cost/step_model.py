@@ -175,7 +175,9 @@ class StepModel:
         """
         plain = "bf16" if config.dtype == "bfloat16" else config.dtype
         on_gpu, activations = device.kind == "cuda", config.activations
-        self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
+        self.formats = NumberFormats(
+            weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu, head=config.head
+        )
         self.device = device
         self._distinct = distinct
         if distinct is None and (moe := config.model.moe) is not None:

@@ -99,15 +99,16 @@ def step_work(
     found: dict[str, Work] = {}
     for layers, rows, format, work in parts:
         times = layers * np.minimum(rows, 1.0)  # nothing is read for no rows
+        met = replace(formats, activations=formats.plain) if work.operation == "lm_head" else formats
         work = replace(
             work,
             calls=layers,
             num_bytes=times * work.num_bytes,
             operations=times * work.operations,
             replicated_bytes=times * work.replicated_bytes,
-            rate=formats.rate(format),
+            rate=met.rate(format),
             width=s.hidden,
-            format=pages if work.kind == "attention" else formats.measured_as(format),
+            format=pages if work.kind == "attention" else met.measured_as(format),
         )
         found[work.operation] = found[work.operation] + work if work.operation in found else work
     return [*found.values()]

@@ -320,7 +320,7 @@ def load_model(
             model = build(matrices, ReadAhead(parameters, reader))
             log.info("weights: %s", matrices.fill(progress))
         elif device.type == "cuda":
-            source = DeviceMatrices(config.weights, dtype, device, config.activations)
+            source = DeviceMatrices(config.weights, dtype, device, config.activations, config.head)
             model = build(source, ReadAhead(parameters, reader, progress=progress))
         elif config.weights == PLAIN_FORMATS[dtype]:
             model = build(PlainMatrices())

@@ -1,7 +1,8 @@
 """`DeviceMatrix`: weights in few bits, in the order in which the GPU kernels read them: rows of k.
 
     format   codes                            scales                                         row_scales
-    fp8      e4m3 [E,n,k]                     float32 [E, n/b, k/c], one a block             none
+    fp8      e4m3 [E,n,k], or woven           float32 [E, n/b, k/c], one a block             none
+             int32 [E,n,k/4] (fp8.py)
     nvfp4    int32 [E,n,K/8], words of 8      int16 [E,n,K/32]: of columns 32i .. 32i + 15   float32 [E,n]
              codes (four_bit.py)              in the low half of number i, of the next 16
                                               in the high half (nvfp4.py)
@@ -10,9 +11,10 @@
     value    fp8: e4m3(code) * scale.  4 bits: code's bf16 number * scale's bf16 number * row scale
 
 K is k filled up to a multiple of 128. The codes and scales of published checkpoints are taken over: fp8's as they
-are, those in 4 bits in this order, into which they are put once, while they are loaded. Kernels widen a code to
-the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and its scale exactly;
-scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain tensors.
+are, but for woven ones, and those in 4 bits in this order, into which they are put once, while they are loaded.
+Kernels widen a code to the activations' bf16, which holds every e4m3 number and every product of an e2m1 number
+and its scale exactly; scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain
+tensors.
 
 An fp8 matrix may ask for activations in fp8 too (`in_fp8`, activations.py): codes are then multiplied as they are.
 """
@@ -44,7 +46,8 @@ class DeviceMatrix:
 
     dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. activations: "plain",
     as they come; "fp8": quantised before the product, by the static activation_scales, fp32 [E], where a checkpoint
-    has them, else row by row. `shape` and `dtype` are there so that a door can check it like a tensor.
+    has them, else row by row. woven: codes of fp8 lie in the order of `fp8.weave`. `shape` and `dtype` are there so
+    that a door can check it like a tensor.
     """
 
     format: str
@@ -56,6 +59,12 @@ class DeviceMatrix:
     block: tuple[int, int]
     activations: Literal["plain", "fp8"] = "plain"
     activation_scales: Tensor | None = None
+    woven: bool = False
+
+    @property
+    def layout(self) -> str:
+        """The format, with the order of its codes if that is not the usual one."""
+        return f"{self.format} woven" if self.woven else self.format
 
     def __getitem__(self, expert: int) -> DeviceMatrix:
         """The [n,k] of one expert, in the same memory."""
@@ -95,6 +104,8 @@ def in_fp8(matrix: DeviceMatrix, scales: Tensor | None = None) -> DeviceMatrix:
     """
     if "fp8" not in NUMBER_FORMATS[matrix.format].activations:
         raise DeviceFormatError(f"activations in fp8 meet weights in fp8 alone, got {matrix.format}")
+    if matrix.woven:
+        raise DeviceFormatError("activations in fp8 meet codes in their natural order")
     if scales is None:
         return replace(matrix, activations="fp8", activation_scales=None)
     if scales.numel() != len(matrix.codes):
@@ -150,7 +161,7 @@ def stack(matrices: Iterable[DeviceMatrix], count: int) -> DeviceMatrix:
         if first is None:
             first = replace(one, codes=one.codes[:0], scales=one.scales[:0], row_scales=None)
             whole = {name: t.new_empty(count, *t.shape[1:]) for name, t in tensors.items()}
-        if (one.format, one.shape, one.block) != (first.format, first.shape, first.block):
+        if (one.layout, one.shape, one.block) != (first.layout, first.shape, first.block):
             raise DeviceFormatError(f"{first.format} {list(first.shape)}: matrices that are stacked must be alike")
         for name, tensor in tensors.items():
             whole[name][number : number + 1].view(torch.uint8).copy_(tensor.view(torch.uint8))

@@ -242,7 +242,7 @@ def linear_configuration(
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks=chosen.blocks(codes=["codes_ptr"], rows=["x_ptr"]),
+        blocks=chosen.blocks(weights.format, codes=["codes_ptr"], rows=["x_ptr"]),
     )
 
 

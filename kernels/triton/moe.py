@@ -343,7 +343,7 @@ def _grouped(
         {**weights.without(), **missing, **weights.constants, **chosen.constants, **sizes, **more},
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks=chosen.blocks(codes=names, rows=[dense] if in_pairs else []),
+        blocks=chosen.blocks(weights.format, codes=names, rows=[dense] if in_pairs else []),
     )
 
 

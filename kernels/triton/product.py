@@ -11,7 +11,7 @@ finished sum, scales of blocks of k the sum of their steps.
 
 e4m3 activations (formats/activations.py) and e4m3 weights are multiplied without conversion. Hopper's FP8 MMA
 accumulates in fewer bits than fp32 has (about 14, by published measurements), so each step of BLOCK_K = 128 columns
-is a chain of its own, whose sum is added to the fp32 total (max_num_imprecise_acc), for every size of a tile alike.
+is a chain of its own, whose sum is added to the fp32 total, for every size of a tile alike.
 
 DESCRIBED: weights, and contiguous rows of x, are read through tensor descriptors, by Hopper's TMA: one thread
 requests a tile, and addresses take no registers. The values and their MMA instructions are the same.
@@ -30,9 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import GROUP, DeviceMatrix
 from cierzo.kernels.formats.four_bit import WORD, stretched
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.triton.eight_bit import woven_weights
 from cierzo.kernels.triton.four_bit import in_order, sums_in_order
 from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kernel
 
@@ -122,7 +124,9 @@ def _step(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """Add the products of columns k .. k + BLOCK_K - 1 to `total`. row: the first of `rows`, for a descriptor."""
-    if DESCRIBED:
+    if FORMAT == "fp8 woven":
+        weights = woven_weights(codes_ptr, rows, row, k, DESCRIBED, K, ROW_STRIDE, BLOCK_N, BLOCK_K)
+    elif DESCRIBED:
         weights = codes_ptr.load([row, k])
     else:
         columns = k + tl.arange(0, BLOCK_K)
@@ -132,19 +136,21 @@ def _step(
         else:
             weights = tl.load(pointers, mask=(columns < K)[None, :], other=0.0)
     weights = weights.to(x.dtype)
-    CHAIN: tl.constexpr = BLOCK_K if x.dtype == tl.float8e4nv else 0
-    if FORMAT == "fp8" and SCALE_K < K:
-        tl.static_assert(SCALE_K % BLOCK_K == 0)
+    BY_BLOCKS: tl.constexpr = (FORMAT == "fp8" or FORMAT == "fp8 woven") and SCALE_K < K
+    if BY_BLOCKS or x.dtype == tl.float8e4nv:
         if TOKENS_ON_M:
-            part = tl.dot(x, tl.trans(weights), input_precision="ieee", max_num_imprecise_acc=CHAIN)
+            part = tl.dot(x, tl.trans(weights), input_precision="ieee")
         else:
-            part = tl.dot(weights, tl.trans(x), input_precision="ieee", max_num_imprecise_acc=CHAIN)
-        scales = tl.load(scales_ptr + rows // SCALE_N * tl.cdiv(K, SCALE_K) + k // SCALE_K)
-        total += part * (scales[None, :] if TOKENS_ON_M else scales[:, None])
+            part = tl.dot(weights, tl.trans(x), input_precision="ieee")
+        if BY_BLOCKS:
+            tl.static_assert(SCALE_K % BLOCK_K == 0)
+            scales = tl.load(scales_ptr + rows // SCALE_N * tl.cdiv(K, SCALE_K) + k // SCALE_K)
+            part *= scales[None, :] if TOKENS_ON_M else scales[:, None]
+        total += part
     elif TOKENS_ON_M:
-        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee", max_num_imprecise_acc=CHAIN)
+        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee")
     else:
-        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee", max_num_imprecise_acc=CHAIN)
+        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee")
     return total
 
 
@@ -156,7 +162,7 @@ def _finished(
     """Sums as [BLOCK_T, BLOCK_N], times the scales of whole rows."""
     if not TOKENS_ON_M:
         total = tl.trans(total)
-    if FORMAT == "fp8" and SCALE_K >= K:
+    if (FORMAT == "fp8" or FORMAT == "fp8 woven") and SCALE_K >= K:
         total *= tl.load(scales_ptr + rows // SCALE_N)[None, :]
     return total
 
@@ -165,11 +171,11 @@ def _finished(
 class Weights:
     """Layout of a matrix in memory, for which a kernel is compiled.
 
-    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (words, for 4-bit formats).
-    scale_block: rows and columns that share a scale.
+    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (words, for 4-bit formats
+    and woven fp8). scale_block: rows and columns that share a scale.
     """
 
-    format: str  # "plain", or a DeviceMatrix's
+    format: str  # "plain", or a DeviceMatrix's layout
     pointer: str  # of the codes, such as "*bf16"
     rows: int
     k: int
@@ -181,7 +187,7 @@ class Weights:
     def of(cls, operation: str, matrix: Matrix) -> Weights:
         """Layout of a matrix. Raises ArgumentError if it is packed for a CPU, or its rows are not contiguous."""
         if isinstance(matrix, DeviceMatrix):
-            return cls.stored(matrix.format, matrix.shape[-2], matrix.shape[-1], matrix.block)
+            return cls.stored(matrix.layout, matrix.shape[-2], matrix.shape[-1], matrix.block)
         if not isinstance(matrix, Tensor):
             raise ArgumentError(f"{operation}: weights of format {matrix.format} are packed for a CPU")
         *_, rows, k = matrix.shape
@@ -203,6 +209,8 @@ class Weights:
             return cls("plain", "*bf16" if format == "bf16" else "*fp32", rows, k, k, rows * k)
         if format == "fp8":
             return cls(format, "*fp8e4nv", rows, k, k, rows * k, block or (1, k))
+        if format == "fp8 woven":
+            return cls(format, "*i32", rows, k, k // fp8.WORD, rows * k // fp8.WORD, block or (1, k))
         words = stretched(k) // WORD
         return cls(format, "*i32", rows, k, words, rows * words, (1, GROUP[format]))
 
@@ -213,7 +221,7 @@ class Weights:
         is one of them (four_bit.py)."""
         if self.format in GROUP:
             return False
-        bits = {"*bf16": 16, "*fp32": 32}.get(self.pointer, 8)
+        bits = {"*bf16": 16, "*fp32": 32, "*i32": 32}.get(self.pointer, 8)
         aligned = self.row_stride * bits % (8 * ALIGNMENT) == 0
         return aligned and self.expert_stride in (0, self.rows * self.row_stride)
 
@@ -221,7 +229,7 @@ class Weights:
         """Types of the pointers that a kernel takes for the matrix."""
         types = {f"{prefix}codes_ptr": self.pointer}
         if self.format != "plain":
-            kinds = {"fp8": "*fp32", "nvfp4": "*i16", "mxfp4": "*u8"}
+            kinds = {"fp8": "*fp32", "fp8 woven": "*fp32", "nvfp4": "*i16", "mxfp4": "*u8"}
             types[f"{prefix}scales_ptr"] = kinds[self.format]
         if self.format in GROUP:
             types[f"{prefix}row_scales_ptr"] = "*fp32"

@@ -144,7 +144,7 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
     assert resolved(device="cuda", weights="fp8").activations == "bf16"
     whole = resolved(device="cuda", weights="fp8", activations="fp8")
     assert whole.activations == "fp8"
-    assert "weights fp8, activations fp8, KV cache bfloat16" in whole.describe()
+    assert "weights fp8, activations fp8, head bf16, KV cache bfloat16" in whole.describe()
     refused: tuple[tuple[dict[str, Any], str, str], ...] = (
         ({"activations": "fp8"}, "auto or bf16", "device cuda, not cpu"),
         ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "auto or bf16", "device cuda, not cpu"),
@@ -158,6 +158,19 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
         with pytest.raises(ConfigError, match=told) as caught:
             resolved(**options)
         assert (caught.value.field, caught.value.limit, caught.value.value) == ("activations", limit, value)
+
+
+def test_a_head_in_fp8_needs_a_gpu(checkpoint: str) -> None:
+    def head(**options: Any) -> str:
+        return resolve(EngineOptions(model=checkpoint, **options)).head
+
+    assert [head(), head(weights="int4"), head(dtype="float32")] == ["bf16", "int8", "float32"]
+    assert [head(device="cuda", weights=one) for one in ("auto", "fp8", "nvfp4")] == ["bf16"] * 3
+    assert [head(device="cuda", weights=one, head="fp8") for one in ("auto", "fp8", "nvfp4")] == ["fp8"] * 3
+    told = r"head must be auto \(fp8 has no kernels on a CPU\), got 'fp8'"
+    with pytest.raises(ConfigError, match=told) as caught:
+        head(head="fp8")
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("head", "auto", "fp8")
 
 
 def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str) -> None:
