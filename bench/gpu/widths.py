@@ -13,7 +13,7 @@ from cierzo.kernels.triton import linear, widths
 from cierzo.kernels.triton.heuristics import forced
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
-FORMATS = ("nvfp4", "fp8", "bf16")
+FORMATS = ("nvfp4", "fp8", "bf16", "fp8 x fp8")
 TOKENS = Size(name="widths", sequences=256, rows_each=1, context=32)
 
 

@@ -15,6 +15,7 @@ from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.worker.launches import Launches, launches
 from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.fault import watching
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.ops.block import DecoderWeights
 from cierzo.kernels.triton import compile as compiling
 from cierzo.kernels.triton import widths
@@ -35,7 +36,9 @@ class Compilation:
             return
         self._device = torch.device(config.device)
         with watching("compiling"):
-            widths.settle([config.weights, "bf16"], self._device)
+            weights_in = NUMBER_FORMATS[config.weights]
+            formats = (weights_in.name, weights_in.of("linear", "cuda", "bf16"), "bf16")
+            widths.settle(formats, config.activations, self._device)
             self._found = launches(config, weights())
             self._missing = compiling.missing(self._found.configurations)
         thread = ThreadPoolExecutor(1)

@@ -1,7 +1,7 @@
 """`DeviceMatrix`: weights in few bits, in the order in which the GPU kernels read them: rows of k.
 
     format   codes                            scales                                         row_scales
-    fp8      e4m3 [E,n,k]; woven             float32 [E, n/b, k/c], one a block             none
+    fp8      e4m3 [E,n,k], or woven           float32 [E, n/b, k/c], one a block             none
              int32 [E,n,k/4] (fp8.py)
     nvfp4    int32 [E,n,K/8], words of 8      int16 [E,n,K/32]: of columns 32i .. 32i + 15   float32 [E,n]
              codes (four_bit.py)              in the low half of number i, of the next 16

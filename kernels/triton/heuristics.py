@@ -47,22 +47,19 @@ class Tile:
         blocks = {"BLOCK_N": self.block_n, "BLOCK_T": self.block_t, "BLOCK_K": self.block_k}
         return {**blocks, "TOKENS_ON_M": self.tokens_on_m, "DESCRIBED": self.described}
 
-    def weight_block(self, format: str) -> tuple[int, int]:
-        """Rows and columns of codes, in their elements, that one load through a descriptor brings."""
-        return self.block_n, self.block_k // (fp8.WORD if format == "fp8 woven" else 1)
-
     def blocks(self, format: str, codes: Sequence[str], rows: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Rows and columns that one load through a descriptor brings, by the pointers' names: those to codes, and
-        those to activations. Empty without descriptors."""
+        """Rows and columns that one load through a descriptor brings, in their elements, by the pointers' names:
+        those to codes, and those to activations. Empty without descriptors."""
         if not self.described:
             return {}
-        return dict.fromkeys(codes, self.weight_block(format)) | dict.fromkeys(rows, (self.block_t, self.block_k))
+        columns = self.block_k // (fp8.WORD if format == "fp8 woven" else 1)
+        return dict.fromkeys(codes, (self.block_n, columns)) | dict.fromkeys(rows, (self.block_t, self.block_k))
 
 
 # (format, paired) -> tile, chosen by the code that the compiler generates for sm_90, not yet by timing. Weights of
 # bf16, woven fp8 and 4 bits are on M. Codes of natural order could be too, from registers, but then the compiler
-# copies them in pieces of 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time.
-# fp32 is for tests and runs without tensor cores.
+# copies them in pieces of 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time. fp32
+# is for tests and runs without tensor cores.
 TILES = {
     ("bf16", False): Tile(block_n=128, block_t=64, block_k=64),
     ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
@@ -74,10 +71,10 @@ TILES = {
     ("fp8 woven by blocks", True): Tile(block_n=64, block_t=32, block_k=128),
     ("fp8 x fp8", False): Tile(block_n=128, block_t=128, block_k=128, num_warps=8),
     ("fp8 x fp8", True): Tile(block_n=64, block_t=128, block_k=128, num_warps=8),
-    ("nvfp4", False): Tile(block_n=128, block_t=32, block_k=128, num_stages=4),
-    ("nvfp4", True): Tile(block_n=64, block_t=32, block_k=128, num_stages=4),
-    ("mxfp4", False): Tile(block_n=128, block_t=32, block_k=128, num_stages=4),
-    ("mxfp4", True): Tile(block_n=64, block_t=32, block_k=128, num_stages=4),
+    ("nvfp4", False): Tile(block_n=128, block_t=32, block_k=128),
+    ("nvfp4", True): Tile(block_n=64, block_t=32, block_k=128),
+    ("mxfp4", False): Tile(block_n=128, block_t=32, block_k=128),
+    ("mxfp4", True): Tile(block_n=64, block_t=32, block_k=128),
     ("fp32", False): Tile(block_n=32, block_t=32, block_k=32),
     ("fp32", True): Tile(block_n=32, block_t=32, block_k=32),
 }
@@ -95,9 +92,9 @@ def _wide(block_n: int, block_k: int, num_stages: int = 4, together_n: int = 64)
 
 
 # The same by number of tokens: the first tile that holds them, else the last. Tiles of a row add the same products
-# in the same order: weights on M, k in natural order; where each step is a chain of its own (fp8 x fp8, scales of
+# in the same order: weights on M, k in one order; where each step is a chain of its own (fp8 x fp8, scales of
 # blocks) steps are of one size. Of eight warps, four and four share the tokens where block_n is 64, and each four
-# widen all weights; the scales of MXFP4 would be 2 bytes a thread, and would not be copied ahead.
+# widen all weights.
 SIZED = {
     ("bf16", False): (*_sizes(128, 64), _wide(128, 64, together_n=128)),
     ("bf16", True): (*_sizes(64, 64), _wide(128, 64)),
@@ -110,6 +107,7 @@ SIZED = {
     ("fp8 x fp8", True): (*_sizes(64, 128), _wide(64, 128)),
     ("nvfp4", False): (*_sizes(128, STRETCH), _wide(128, STRETCH, num_stages=3)),
     ("nvfp4", True): (*_sizes(64, STRETCH), _wide(64, STRETCH, num_stages=3)),
+    # With eight warps the scales would be 2 bytes a thread, and would not be copied ahead.
     ("mxfp4", False): _sizes(128, STRETCH),
     ("mxfp4", True): _sizes(64, STRETCH),
 }
@@ -125,22 +123,19 @@ def _kind(weights: Weights, activations: str) -> str:
     if activations == "*fp32":
         return "fp32"
     format = "bf16" if weights.format == "plain" else weights.format
-    if format == "fp8 woven" and _by_blocks(weights):
-        return "fp8 woven by blocks"
-    return f"{format} x fp8" if activations == "*fp8e4nv" else format
-
-
-def _by_blocks(weights: Weights) -> bool:
-    """Whether scales of fp8 weights are of blocks of columns."""
-    return weights.format in ("fp8", "fp8 woven") and weights.scale_block[1] < weights.k
+    if activations == "*fp8e4nv":
+        return f"{format} x fp8"
+    by_blocks = format == "fp8 woven" and weights.scale_block[1] < weights.k
+    return f"{format} by blocks" if by_blocks else format
 
 
 def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
     """Tile for weights, and for activations of a type such as "*bf16". tokens: of one product, at most or nearly
     so. Raises ArgumentError for scales whose columns are not whole steps of a tile."""
-    chosen, format = TILES[_kind(weights, activations), paired], weights.format
-    block_k = weights.scale_block[1]
-    if _by_blocks(weights) and block_k % chosen.block_k:
+    kind, format, block_k = _kind(weights, activations), weights.format, weights.scale_block[1]
+    chosen = TILES[kind, paired]
+    by_blocks = format in ("fp8", "fp8 woven") and block_k < weights.k
+    if by_blocks and block_k % chosen.block_k:
         raise ArgumentError(
             f"fp8 scales of {block_k} columns: kernels take multiples of {chosen.block_k}, or all of k"
         )
@@ -258,10 +253,6 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
 
 def thresholds() -> list[int]:
     """Numbers of tokens above which a choice of this file is another one."""
-    widths = {one.block_t for known in SIZED.values() for one in known}
-    return [
-        NARROW_TOKENS,
-        *sorted(widths),
-        APART_TOKENS,
-        *([] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1]),
-    ]
+    widths = {one.block_t for sizes in SIZED.values() for one in sizes}
+    described = [] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1]
+    return [NARROW_TOKENS, *sorted(widths), APART_TOKENS, *described]

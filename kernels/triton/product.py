@@ -171,9 +171,8 @@ def _finished(
 class Weights:
     """Layout of a matrix in memory, for which a kernel is compiled.
 
-    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (words of eight, for 4-bit
-    formats; of four, for woven fp8).
-    scale_block: rows and columns that share a scale.
+    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (words, for 4-bit formats
+    and woven fp8). scale_block: rows and columns that share a scale.
     """
 
     format: str  # "plain", or a DeviceMatrix's layout

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cierzo.kernels.formats.device import quantise
-from cierzo.kernels.formats.number_formats import DEVICE_FORMATS
+from cierzo.kernels.formats import fp8
+from cierzo.kernels.formats.activations import takes_fp8
+from cierzo.kernels.formats.device import E4M3, in_fp8, quantise
+from cierzo.kernels.formats.number_formats import DEVICE_FORMATS, NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.triton import heuristics, linear
 from cierzo.kernels.triton.heuristics import Tile
@@ -26,8 +28,8 @@ TOKENS, OUTPUTS, COLUMNS = 128, 128, 1024
 
 def tiles(x: Tensor, matrix: Matrix) -> list[Tile]:
     """Tiles that a product of 16-bit rows with a matrix may have, whatever their number."""
-    weights = Weights.of("widths", matrix)
-    sizes = heuristics.sizes(weights, POINTER[x.dtype], paired=False)
+    weights, activations = Weights.of("widths", matrix), POINTER[E4M3 if takes_fp8(matrix) else x.dtype]
+    sizes = heuristics.sizes(weights, activations, paired=False)
     few = (heuristics.spread(one, weights, matrix.shape[-2], 0, 1) for one in sizes)  # as if programs were few
     return list(dict.fromkeys([*sizes, *few]))
 
@@ -44,12 +46,23 @@ def compare(x: Tensor, matrix: Matrix) -> dict[str, bool]:
     return found
 
 
-def settle(formats: Iterable[str], device: torch.device) -> None:
-    """Set heuristics.WIDTH_KEEPS_BITS by products with weights in these formats on a card. Raises DeviceFault."""
+def settle(formats: Iterable[str], activations: str, device: torch.device) -> None:
+    """Set heuristics.WIDTH_KEEPS_BITS by products on a card, with weights in these formats and activations in
+    theirs.
+
+    Raises DeviceFault.
+    """
     random = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, COLUMNS, generator=random).bfloat16().to(device)
     weights = torch.randn(OUTPUTS, COLUMNS, generator=random).bfloat16().to(device)
     heuristics.WIDTH_KEEPS_BITS = all(
-        all(compare(x, quantise(weights, format) if format in DEVICE_FORMATS else weights).values())
-        for format in dict.fromkeys(formats)
+        all(compare(x, _matrix(weights, format, activations)).values()) for format in dict.fromkeys(formats)
     )
+
+
+def _matrix(weights: Tensor, format: str, activations: str) -> Matrix:
+    """Weights in a format, as a model's are."""
+    if format not in DEVICE_FORMATS:
+        return weights
+    matrix = quantise(weights, format)
+    return in_fp8(matrix) if activations in NUMBER_FORMATS[format].activations else fp8.weave(matrix)

@@ -67,7 +67,7 @@ class Prepared:
         self.strangers: set[str] = set()
         self.launched: set[str] = set()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(warm.widths, "settle", lambda formats, device: None)
+        monkeypatch.setattr(warm.widths, "settle", lambda *_: None)
         monkeypatch.setattr(warm.compiling, "missing", lambda configurations: configurations[1:])
         monkeypatch.setattr(warm.compiling, "compile_all", self._compile_all)
         monkeypatch.setattr(warm.compiling, "load", lambda one: self.loaded.append(one.key))

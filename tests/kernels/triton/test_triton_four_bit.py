@@ -193,7 +193,7 @@ def test_a_card_whose_widths_differ_has_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(widths, "COLUMNS", 256)
     monkeypatch.setattr(widths, "OUTPUTS", 8)
     weights = Weights.stored("nvfp4", 4096, 4096)
-    widths.settle(["nvfp4", "bf16"], torch.device("cpu"))
+    widths.settle(["nvfp4", "fp8"], "bf16", torch.device("cpu"))
     assert heuristics.WIDTH_KEEPS_BITS
     right = linear.lm_head
 
@@ -202,7 +202,7 @@ def test_a_card_whose_widths_differ_has_one(monkeypatch: pytest.MonkeyPatch) -> 
         return right(x, matrix) * (1 + 2**-23 if heuristics._forced.block_t == 128 else 1)
 
     monkeypatch.setattr(linear, "lm_head", wrong)
-    widths.settle(["nvfp4", "bf16"], torch.device("cpu"))
+    widths.settle(["nvfp4", "fp8"], "bf16", torch.device("cpu"))
     assert not heuristics.WIDTH_KEEPS_BITS
     chosen = {heuristics.tile(weights, "*bf16", True, tokens) for tokens in (1, 20, 100, 1000)}
     assert chosen == {heuristics.TILES["nvfp4", True]}
