@@ -277,8 +277,8 @@ def _launcher(compiled: Any) -> Callable[[int, int, int, int, list[Any]], None]:
     if hasattr(found, "kernel_signature"):
         rest = (*how, metadata, None, None, None, None, None, found.arg_annotations, found.kernel_signature)
         return lambda x, y, z, stream, values: call(x, y, z, stream, function, *rest, values)
-    before = (*how, None, None, metadata, None, None, None)
-    return lambda x, y, z, stream, values: call(x, y, z, stream, function, *before, *values)
+    ahead = (*how, None, None, metadata, None, None, None)
+    return lambda x, y, z, stream, values: call(x, y, z, stream, function, *ahead, *values)
 
 
 def _current_device() -> int:

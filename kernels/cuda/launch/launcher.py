@@ -80,7 +80,8 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
     or a grid past its limit; LaunchError for a source that does not compile; DeviceFault for a CUDA error, which
     may stem from an earlier launch.
     """
-    x, y, z, *_ = blocks = (*grid, 1, 1)[:3]
+    x, y, z, *_ = (*grid, 1, 1)
+    blocks = (x, y, z)
     if x == 0 or y == 0 or z == 0:
         return
     if x > MOST_GRID[0] or y > MOST_GRID[1] or z > MOST_GRID[2]:

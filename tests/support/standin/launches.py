@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.engine.worker.staging import Staging
 from cierzo.kernels.check import ArgumentError
-from cierzo.kernels.fault import DeviceFault, watching
+from cierzo.kernels.fault import DeviceFault, kernels_since, note, watching
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.triton import heuristics, moe, norm
@@ -176,7 +176,9 @@ def a_second_launch_goes_past_the_compiler_and_not_past_the_checks(machine: Mach
     kernel, machine.ran[:] = COPY.kernel, []
     run, kernel.run = kernel.run, None  # a launch that goes there has nothing to call
     try:
+        note("here")
         assert torch.equal(machine.card.values(copy(x)), torch.arange(64.0))
+        assert kernels_since("here") == "[copy]"
         with raising(ArgumentError, "copy: x_ptr starts 4 bytes past a multiple of 16"):
             copy(x[1:])
         with raising(ArgumentError, "copy: x_ptr has dtype torch.bfloat16, the kernel takes *fp32"):
