@@ -248,6 +248,8 @@ def decode_configuration(
     together: sequences that may share a program."""
     types = {"q_ptr": pointer, "pages_ptr": pages, "mates_ptr": "*i32", "members_ptr": "*i32", **split.ATTEND_TYPES}
     tokens, stages = TILES[value_bits(pages)]
+    if folded(pointer, pages) and shape.group < 32:
+        tokens = 32  # of a shard's heads 64 would spill 16 bytes with Triton 3.6
     constants = {
         "H": shape.group,
         "R": shape.width,
