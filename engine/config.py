@@ -1,7 +1,7 @@
 """Settings: what a user may say (`EngineOptions`), and what the engine runs with (`EngineConfig`).
 
 `resolve()` is the only way from one to the other: afterwards there is no "auto" and no None, and each part
-gets its own section. This is the one file of the package that reads environment variables.
+gets its own section.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,7 @@ from cierzo.engine import device_memory
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.environment import cache_dir, check_environment, default_instruction_set
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
@@ -28,14 +29,13 @@ from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.number_choice import PLACE, activations_format, head_format, listed, weights_format
 from cierzo.engine.profiles import Profile, ProfileName, choose
-from cierzo.engine.settings import limit_of, require
+from cierzo.engine.settings import require
 from cierzo.engine.weights.shapes import named_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
 from cierzo.kernels.formats.number_formats import FormatName
 from cierzo.scheduler.config import SchedulerConfig
 
-ENVIRONMENT_PREFIX = "CIERZO_"
 KV_BYTE_FORMAT = {"cpu": "int8", "cuda": "fp8"}  # the format of cached values that has a byte each
 BLOCK_TOKENS = {"cpu": 32, "cuda": 64}  # a GPU's attention takes 64 tokens at a time, with one look into the table
 
@@ -438,31 +438,6 @@ def _kv_room_bytes(
     return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards, head)
 
 
-# --- environment -------------------------------------------------------------------------------------------
-
-_KNOWN_VARIABLES = {
-    "CIERZO_CACHE_DIR": "folder for converted and packed checkpoints",
-    "CIERZO_INSTRUCTION_SET": "what instruction_set is where nothing else is said",
-    "CIERZO_NATIVE": "0: the installation leaves out the C++ kernels (setup.py)",
-}
-
-
-def check_environment() -> None:
-    """An unknown CIERZO_ variable is an error, as is a wrong value: no setting that is given passes in silence."""
-    for name in os.environ:
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in _KNOWN_VARIABLES:
-            known = ", ".join(sorted(_KNOWN_VARIABLES))
-            raise ConfigError(
-                f"unknown environment variable {name}; known: {known}",
-                field=name,
-                limit=known,
-                value=os.environ[name],
-            )
-    if "CIERZO_CACHE_DIR" in os.environ:
-        cache_dir()
-    default_instruction_set()
-
-
 def _kernels(options: EngineOptions) -> KernelsConfig:
     """The kernels' section; its "auto" is left to `bind`, which knows the CPU."""
     wanted = options.instruction_set
@@ -471,34 +446,3 @@ def _kernels(options: EngineOptions) -> KernelsConfig:
     if wanted == "auto":
         wanted = default_instruction_set()
     return msgspec.structs.replace(options.kernels, instruction_set=wanted)
-
-
-def default_instruction_set() -> InstructionSet:
-    """The instruction set that "auto" stands for: CIERZO_INSTRUCTION_SET, else "auto". Raises ConfigError."""
-    chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
-    if chosen not in get_args(InstructionSet):
-        raise refusal("CIERZO_INSTRUCTION_SET", limit_of(InstructionSet), chosen)
-    return cast(InstructionSet, chosen)
-
-
-def spin_briefly() -> None:
-    """Have OpenMP's threads spin for microseconds only, unless the user said otherwise; before torch is imported.
-
-    By default they spin while they wait for each other. If another process takes a core, a sibling spins for as
-    long as the thread that it waits for does not run. `GOMP_SPINCOUNT=N cierzo demo --max-tokens 24` on two cores,
-    beside one busy process: 0.7 tokens/s with libgomp's own 300,000 spins, 7.0 with 5,000; alone, 28 with either.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints are kept: CIERZO_CACHE_DIR, else cierzo/ in the user's cache folder."""
-    chosen = os.environ.get("CIERZO_CACHE_DIR")
-    if chosen is not None and not os.path.isabs(chosen):
-        raise refusal("CIERZO_CACHE_DIR", "an absolute path", chosen)
-    user_cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(user_cache):
-        user_cache = os.path.expanduser("~/.cache")
-    if chosen is None and not os.path.isabs(user_cache):
-        raise refusal("CIERZO_CACHE_DIR", "set", chosen, "this user has no home folder")
-    return Path(chosen or user_cache, "" if chosen else "cierzo")

@@ -29,11 +29,12 @@ from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
 META = torch.device("meta")
-# A sequence alone, and more than one, which may share a prefix; more tokens than have parts of k apart; a prompt in
-# one round, and one that takes several.
+# A sequence alone, and more than one, which may share a prefix; as many as fill each width of a dense product's
+# tile, and of the experts'; more tokens than have parts of k apart; a prompt in one round, and one that takes several.
 SIZES = (
     Size(name="one row", sequences=1, rows_each=1, context=64),
     Size(name="decode", sequences=2, rows_each=1, context=64),
+    *(Size(name=f"{count} rows", sequences=count, rows_each=1, context=64) for count in (24, 48, 96, 500, 1000)),
     Size(name="many rows", sequences=160, rows_each=1, context=64),
     Size(name="prefill", sequences=1, rows_each=64, context=64),
     Size(name="long prefill", sequences=1, rows_each=2 * WORKSPACE_TOKENS, context=2 * WORKSPACE_TOKENS),

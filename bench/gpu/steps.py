@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -62,8 +61,8 @@ def steps_of(revision: str) -> Steps:
         subprocess.run(["tar", "-x", "-C", folder], input=packed, check=True)
         shutil.copy(__file__, Path(folder, "bench", "gpu", "steps.py"))
         command = [sys.executable, "-m", "cierzo.bench.gpu.steps", "--json"]
-        environment = os.environ | {"PYTHONPATH": str(Path(folder, "src"))}
-        done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+        command = ["env", f"PYTHONPATH={Path(folder, 'src')}", *command]
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     found: Steps = json.loads(done.stdout)
     return found
 

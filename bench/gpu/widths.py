@@ -1,4 +1,4 @@
-"""One product in tiles of several widths, bit for bit (kernels/triton/widths.py), of a model's size."""
+"""Comparison of a product in tiles of several widths, bit for bit (kernels/triton/widths.py), of a model's size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compare(format: str, model: ModelSizes, device: torch.device) -> dict[str, A
 
 
 def configurations(format: str, model: ModelSizes) -> list[Configuration]:
-    """What is compared."""
+    """Configurations of the kernels that are compared."""
     (arguments, *_), _ = make_call("linear", model, TOKENS, format, torch.device("meta"), cold_bytes=0)
     found: list[Configuration] = []
     for one in widths.tiles(*arguments):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import DTYPES, KVPool
-from cierzo.engine.config import EngineConfig, cache_dir
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.environment import cache_dir
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from cierzo.engine.config import EngineConfig, cache_dir
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.environment import cache_dir
 from cierzo.engine.worker.launches import Launches, launches
 from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.fault import watching

@@ -56,7 +56,7 @@ def to_octets(words: Tensor, k: int) -> Tensor:
 
 
 def codes_as_numbers(words: Tensor, k: int) -> Tensor:
-    """What the codes of words stand for, times SMALL: float32 [..., k]."""
+    """Numbers that the codes of words stand for, times SMALL: float32 [..., k]."""
     return e2m1.widen(to_octets(words, k)) * SMALL
 
 

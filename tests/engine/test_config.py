@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cierzo.cache.layout import GIB
-from cierzo.engine import config, host
+from cierzo.engine import config, environment, host
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
@@ -125,7 +125,7 @@ def test_no_more_may_run_than_a_step_has_tokens(checkpoint: str) -> None:
 def test_a_cache_of_one_byte_is_in_the_format_that_the_device_has_kernels_for(checkpoint: str) -> None:
     for device, right, wrong in (("cpu", "int8", "fp8"), ("cuda", "fp8", "int8")):
         options: dict[str, Any] = {"model": checkpoint, "device": device, "instruction_set": "auto"}
-        if config.default_instruction_set() != "reference" or device == "cuda":
+        if environment.default_instruction_set() != "reference" or device == "cuda":
             with pytest.raises(ConfigError, match=rf"\({wrong} has no kernels on a [CG]PU\)") as caught:
                 resolve(EngineOptions(**options, kv_dtype=wrong))
             found = (caught.value.field, caught.value.limit, caught.value.value)
@@ -216,7 +216,7 @@ def test_the_front_end_admits_what_the_queue_takes(checkpoint: str) -> None:
 def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIERZO_CACHEDIR", "/x")
     with pytest.raises(ConfigError, match="CIERZO_CACHEDIR") as caught:
-        config.check_environment()
+        environment.check_environment()
     assert caught.value.limit == "CIERZO_CACHE_DIR, CIERZO_INSTRUCTION_SET, CIERZO_NATIVE"
     assert (caught.value.field, caught.value.value) == ("CIERZO_CACHEDIR", "/x")
 
@@ -224,16 +224,16 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CIERZO_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert config.cache_dir() == tmp_path / "cierzo"
+    assert environment.cache_dir() == tmp_path / "cierzo"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification has ignored
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert config.cache_dir() == tmp_path / ".cache" / "cierzo"
+    assert environment.cache_dir() == tmp_path / ".cache" / "cierzo"
     monkeypatch.setenv("CIERZO_CACHE_DIR", "/some/where")
-    assert config.cache_dir() == Path("/some/where")
+    assert environment.cache_dir() == Path("/some/where")
     for wrong in ("relative", "", "~/cache"):
         monkeypatch.setenv("CIERZO_CACHE_DIR", wrong)
         with pytest.raises(ConfigError, match="CIERZO_CACHE_DIR must be an absolute path, got") as caught:
-            config.check_environment()  # by every command
+            environment.check_environment()  # by every command
         assert (caught.value.field, caught.value.value) == ("CIERZO_CACHE_DIR", wrong)
 
 
@@ -242,8 +242,8 @@ def test_a_user_without_a_home_folder_has_to_name_one(monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(ConfigError, match=r"CIERZO_CACHE_DIR must be set \(this user has no home folder\)"):
-        config.cache_dir()
-    config.check_environment()  # most commands keep nothing there
+        environment.cache_dir()
+    environment.check_environment()  # most commands keep nothing there
 
 
 def _escaped(text: str | None) -> str:
@@ -271,10 +271,10 @@ def test_no_request_may_ask_for_more_samples_than_can_wait(checkpoint: str) -> N
 
 def test_threads_spin_briefly_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    config.spin_briefly()
+    environment.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "5000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    config.spin_briefly()
+    environment.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 

@@ -9,31 +9,31 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 230,
-    "engine": 5_090,
-    "engine/cost": 1_210,
+    "engine": 5_130,
+    "engine/cost": 1_250,
     "engine/frontend": 14_100,
     "engine/gateway": 5_730,
     "engine/testing": 1_020,
     "engine/model": 1_190,
     "engine/text": 5_130,
-    "engine/weights": 4_010,
+    "engine/weights": 4_060,
     "engine/worker": 4_730,
     "engine/commands": 890,
-    "kernels": 600,
+    "kernels": 630,
     "kernels/cpu": 1_570,
-    "kernels/cuda": 780,
-    "kernels/formats": 1_200,
-    "kernels/ops": 1_250,
-    "kernels/ref": 850,
-    "kernels/triton": 3_800,
+    "kernels/cuda": 950,
+    "kernels/formats": 1_340,
+    "kernels/ops": 1_620,
+    "kernels/ref": 970,
+    "kernels/triton": 5_250,
     "scheduler": 2_060,
     "cache": 670,
-    "bench": 8_950,
+    "bench": 9_260,
     "bench/plan": 1_500,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 11_620
+MEASURING_BUDGET = 12_000
 
 
 @pytest.fixture(scope="module")

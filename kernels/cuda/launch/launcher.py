@@ -135,7 +135,7 @@ def _taken(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> tuple[tor
 
 @cache
 def _parameters(kernel: Kernel) -> list[tuple[str, torch.dtype | None, Any, int | None]]:
-    """Of each parameter its name, a pointer's dtype, a number's type, and a bound of whole numbers."""
+    """Each parameter's name, a pointer's dtype, a number's type, and a bound of whole numbers."""
     return [(name, POINTERS.get(kind), SCALARS.get(kind), _LIMITS.get(kind)) for name, kind in kernel.types.items()]
 
 
