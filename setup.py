@@ -26,6 +26,7 @@ RUNTIME = [
     "mistral-common>=1.13.1,<1.14",
     "llguidance>=1.9.1,<1.10",  # grammars: which tokens may come next
     "jinja2>=3.1",
+    "pillow>=11",  # decodes images
     "tqdm>=4.66",
     "cryptography>=44",  # reads the times of certificates, where there is TLS
     "prometheus-client>=0.20",
@@ -37,6 +38,7 @@ CUDA = ["triton>=3.6", "cupy-cuda13x>=13.6"]  # what compiles and launches the k
 TEST = [
     "setuptools>=77",
     "pytest>=8",
+    "opencv-python-headless>=4.10",  # the resizing of images is held against it
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",

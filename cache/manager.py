@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,6 +21,7 @@ import msgspec
 from cierzo.cache.block_pool import BlockPool
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.hashing import ROOT_DIGEST, TOKEN_BYTES, BlockHasher, pack_tokens
+from cierzo.cache.images import ImageSpan, marks
 from cierzo.cache.prefix import ROOT_UID, BlockContent, PrefixIndex, PrefixNode
 
 HASHED_AT_ONCE = 64  # blocks, if so many are full: a lookup may stop at the first
@@ -31,12 +32,14 @@ class SequenceBlocks:
     """The blocks of one sequence, written by the manager alone.
 
     `tokens` is the owner's list of known tokens (it only ever appends); the first `num_prompt_tokens` are the
-    prompt. `contents` outlives `free`: a sequence that waits or was preempted is never hashed twice.
+    prompt, `images` those in it, in order. `contents` outlives `free`: a sequence that waits or was preempted is
+    never hashed twice.
     """
 
     tokens: list[int]
     num_prompt_tokens: int
     salt: bytes
+    images: Sequence[ImageSpan] = ()
     block_ids: list[int] = field(default_factory=list)
     capacity_tokens: int = 0  # len(block_ids) * S
     num_indexed: int = 0  # leading blocks whose content has a place in the index, in this block or in its twin
@@ -81,9 +84,12 @@ class KVCacheManager:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_tokens)
 
-    def open(self, tokens: list[int], num_prompt_tokens: int, salt: bytes = b"") -> SequenceBlocks:
-        """A handle without blocks. `tokens` stays the caller's: it appends, the manager reads."""
-        blocks = SequenceBlocks(tokens, num_prompt_tokens, salt)
+    def open(
+        self, tokens: list[int], num_prompt_tokens: int, salt: bytes = b"", images: Sequence[ImageSpan] = ()
+    ) -> SequenceBlocks:
+        """A handle without blocks. `tokens` stays the caller's: it appends, the manager reads. images: that tokens
+        of it stand for, in order; blocks that hold such tokens are shared if the images are the same too."""
+        blocks = SequenceBlocks(tokens, num_prompt_tokens, salt, images)
         self._reset(blocks)
         return blocks
 
@@ -255,6 +261,7 @@ class KVCacheManager:
         for offset in range(0, len(packed), size * TOKEN_BYTES):
             block = packed[offset : offset + size * TOKEN_BYTES]
             num_prompt_tokens = min(max(blocks.num_prompt_tokens - start, 0), size)
-            digest = self._hasher.digest(digest, block, num_prompt_tokens, blocks.salt)
-            contents.append(BlockContent(digest, block, num_prompt_tokens, blocks.salt))
+            images = marks(blocks.images, start, start + size) if blocks.images else b""
+            digest = self._hasher.digest(digest, block, num_prompt_tokens, blocks.salt, images)
+            contents.append(BlockContent(digest, block, num_prompt_tokens, blocks.salt, images))
             start += size

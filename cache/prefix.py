@@ -14,6 +14,7 @@ class BlockContent(msgspec.Struct, frozen=True, gc=False):
     packed: bytes
     num_prompt_tokens: int
     salt: bytes
+    images: bytes = b""
 
 
 class PrefixNode(msgspec.Struct, frozen=True, eq=False, gc=False):

@@ -41,6 +41,7 @@ _FILE_STEM: dict[Layout, str] = {"hf": "model", "native": "consolidated"}
 _LAYOUT_TEXT = {"hf": "Hugging Face", "native": "Mistral-native"}
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_REMEDY = "merge it into its base model first (PEFT: merge_and_unload)"
+TEXT_ONLY = "--text-only serves the text model alone"
 UNREADABLE = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")  # files of weights in other formats
 _ADAPTER_PATTERNS = (ADAPTER_CONFIG_NAME, "adapter*.safetensors", "adapter*.bin", "lora*.safetensors")
 

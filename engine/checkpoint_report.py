@@ -31,12 +31,14 @@ class CheckpointReport(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join([as_text(rows), *said])
 
 
-def report(folder: Path, specs_of: SpecsOf | None = None, tokenizer: str = "auto") -> CheckpointReport:
+def report(
+    folder: Path, specs_of: SpecsOf | None = None, tokenizer: str = "auto", text_only: bool = False
+) -> CheckpointReport:
     """Read config, headers and tokenizer files, and make the tokenizer and the chats as a server would.
 
-    specs_of: with it, tensors are compared with the architecture. tokenizer: the engine's setting.
+    specs_of: with it, tensors are compared with the architecture. tokenizer, text_only: the engine's settings.
     """
-    checkpoint, wrong = examine(folder, specs_of)
+    checkpoint, wrong = examine(folder, specs_of, text_only)
     model = checkpoint.model
     words, notes = read_words(folder, tokenizer), list[str]()
     try:

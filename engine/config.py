@@ -90,6 +90,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["auto", "mistral", "tokenizers"],
         Meta(description="mistral: tekken.json, by mistral-common; tokenizers: tokenizer.json; auto: the first"),
     ] = "auto"
+    text_only: Annotated[
+        bool, Meta(description="take no images: a checkpoint's vision tower is left aside, and takes no memory")
+    ] = False
     threads: Annotated[
         Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None,
         Meta(description="CPU threads of the core; default: all usable ones"),
@@ -141,6 +144,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     priority_aging_s: Annotated[
         Amount, Meta(description="seconds of waiting that one level of priority is worth")
     ] = 30.0
+    image_cache_tokens: Annotated[Count, Meta(description="embeddings of images kept, in image tokens")] = 16_384
     expert_statistics: Annotated[
         bool, Meta(description="count which experts the tokens choose; costs about 0.05 ms of a step")
     ] = False
@@ -194,7 +198,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def describe(self) -> str:
         """The resolved settings and the capacity plan, as printed at start."""
-        threads = "pinned threads" if self.pin_threads else "threads"
+        threads, tower = "pinned threads" if self.pin_threads else "threads", self.model.vision
         rows = [
             ("model", f"{self.name} ({self.model.architecture}, {self.model.num_layers} layers)"),
             ("profile", self.profile),
@@ -218,6 +222,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 if self.scheduler.max_step_s
                 else "no target (--max-step-ms): chunks are cut by tokens alone",
             ),
+            ("vision tower", "none" if tower is None else f"images of up to {tower.max_side_px:,} px a side"),
             ("prefix cache", "on" if self.cache.prefix_caching else "off"),
             ("steps", "overlapped" if self.overlap else "one by one"),
         ]
@@ -285,7 +290,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
         ),
-        scheduler=_limits(options, profile, max_model_len),
+        scheduler=_limits(options, profile, max_model_len, model),
         kernels=_kernels(options),
         flight_folder=_flight_folder(options),
         record_prompts=options.record_prompts,
@@ -308,7 +313,7 @@ def _frontend(options: EngineOptions) -> FrontendConfig:
     )
 
 
-def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> SchedulerConfig:
+def _limits(options: EngineOptions, profile: Profile, max_model_len: int, model: ModelConfig) -> SchedulerConfig:
     """The scheduler's section."""
     return SchedulerConfig(
         budget_tokens=profile.budget_tokens,
@@ -318,6 +323,8 @@ def _limits(options: EngineOptions, profile: Profile, max_model_len: int) -> Sch
         max_waiting=options.max_waiting,
         max_model_len=max_model_len,
         priority_aging_s=options.priority_aging_s,
+        image_cache_tokens=options.image_cache_tokens,
+        image_stages=getattr(getattr(model, "vision", None), "num_layers", 1),
     )
 
 
@@ -348,7 +355,7 @@ def _model(options: EngineOptions, card: Device | None) -> tuple[Path, ModelConf
     model = named if card is not None else None
     if model is None:
         path = checkpoint_path(options.model)
-        model = read_model_config(path)
+        model = read_model_config(path, options.text_only)
     else:
         path = Path(options.model).resolve()
     if options.softmax_scale is not None:
@@ -432,6 +439,7 @@ def _kv_room_bytes(
         max_running=options.max_running or 0,
         graph_sequences=options.graph_sequences or 0,
         max_model_len=longest_request(model.max_position_embeddings, options.max_model_len),
+        image_cache_tokens=options.image_cache_tokens,
     )
     cards = 1 if card is None else card.cards
     head = head_format(options, kind, weights, dtype)

@@ -37,7 +37,16 @@ class ThinkingChunk(Piece, frozen=True, tag="thinking"):
     closed: bool = True
 
 
-Content = str | list[TextChunk | ThinkingChunk]
+class ImageChunk(Piece, frozen=True, tag="image", omit_defaults=True):
+    """Part of a turn's content: an image (feature "images"). `url`: a data URL of its file; left out: the next of
+    the request's `images`. `digest`: blake2b of the file, 16 bytes; of another file than came with it, it is
+    refused."""
+
+    url: str = ""
+    digest: bytes = b""
+
+
+Content = str | list[TextChunk | ThinkingChunk | ImageChunk]
 
 
 class ChatMessage(Piece, frozen=True, omit_defaults=True):

@@ -29,19 +29,21 @@ ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
 PARTIAL_BYTES = 256 << 20
 SCORED_ROWS = 128  # of a prompt, whose logits are held at a time: worker/scoring.py's, which imports torch
 WORKSPACE_TOKENS = 16_384
+STAGED_PIXELS = 4  # images whose pixels a staging has room for: two in turn, each with as much again
 LAUNCHES_PER_LAYER = 26  # more than any layer has; a test counts
 LAUNCH_BYTES = 16 << 10  # of a recorded launch, in the driver: assumed, no card has shown it
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Limits of a step: its tokens, its sequences, those of a recorded step (0: none is recorded), and the tokens
-    of a sequence."""
+    """Limits of a step: its tokens, its sequences, those of a recorded step (0: none is recorded), the tokens of a
+    sequence, and the embeddings of images that are kept between steps."""
 
     budget_tokens: int
     max_running: int
     graph_sequences: int
     max_model_len: int
+    image_cache_tokens: int = 0
 
 
 def free_bytes() -> int | None:
@@ -94,6 +96,7 @@ def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) 
     """Bytes of everything beside weights and cache. cached_tokens: what the cache holds at most."""
     logits = max(limits.max_running, SCORED_ROWS)
     launched = max(launched_bytes(model, limits.budget_tokens), sampled_bytes(model, logits))
+    launched += images_bytes(model, limits.image_cache_tokens)
     most = min(limits.graph_sequences, limits.max_running)
     if not most:
         return launched
@@ -102,6 +105,16 @@ def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) 
     launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
     recorded = replayed + 4 * most * model.vocab_size + launches * LAUNCH_BYTES
     return max(launched, replayed) + recorded
+
+
+def images_bytes(model: ModelConfig, num_kept: int) -> int:
+    """Bytes of the embeddings of images that are kept, or of the largest image, and of its pixels on their way to
+    the device (staging.py); what the tower holds while it sees one comes on top."""
+    vision = getattr(model, "vision", None)
+    if vision is None:
+        return 0
+    side = vision.max_side_px // (vision.patch * vision.merge)
+    return 2 * model.hidden_size * max(num_kept, side * side) + STAGED_PIXELS * 3 * 4 * vision.max_side_px**2
 
 
 def launched_bytes(model: ModelConfig, rows: int) -> int:

@@ -67,7 +67,8 @@ class Open(Record, frozen=True, tag="o"):
     Their key was of the core process alone: they tell which pieces are equal, and nothing else. Empty: there was no
     room. banned: the sequences that the output may not hold, if tokens are recorded; banned_digest: else. salt: of
     the prefix cache; a digest of it where tokens are not recorded. num_scored: log-probabilities of the prompt that
-    were delivered. grammar: if tokens are recorded; is_held: its matcher is not made yet, see Released.
+    were delivered. grammar: if tokens are recorded; is_held: its matcher is not made yet, see Released. images: of
+    each its offset in the prompt, rows, columns, and a digest by that key; pixels are never recorded.
     """
 
     request_id: int
@@ -90,6 +91,7 @@ class Open(Record, frozen=True, tag="o"):
     num_scored: int = 0
     grammar: str = ""
     is_held: bool = False
+    images: list[tuple[int, int, int, bytes]] = []
 
 
 class Released(Record, frozen=True, tag="r"):
@@ -121,6 +123,7 @@ class Submitted(Record, frozen=True, tag="c"):
     num_scored: int = 0
     grammar: str = ""
     is_held: bool = False
+    images: list[tuple[int, int, int, bytes]] = []
 
 
 class Aborted(Record, frozen=True, tag="a"):

@@ -30,9 +30,10 @@ from cierzo.engine.frontend.observe.web import MetricsServer, metrics_address
 from cierzo.engine.frontend.rpc import RpcServer
 from cierzo.engine.gateway.config import NO_HTTP, HttpConfig, check_http
 from cierzo.engine.log_lines import LineQueue, queued_lines
-from cierzo.engine.messages import ModelInfo
+from cierzo.engine.messages import ModelInfo, VisionInfo
 from cierzo.engine.server_process import prepare_memory, return_large_blocks
 from cierzo.engine.text.grammar import vocabulary_of
+from cierzo.engine.text.image_tokens import MEAN, STD
 from cierzo.engine.text.prompt import PromptEncoder, reads_tekken
 
 if TYPE_CHECKING:
@@ -261,4 +262,14 @@ def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
         reasoning_efforts=list(prompts.efforts or ()),
         marks_thinking=prompts.syntax is not None and prompts.syntax.marks_thinking,
         marks_calls=prompts.syntax is not None and prompts.syntax.marks_calls,
+        vision=vision_info(config),
     )
+
+
+def vision_info(config: EngineConfig) -> VisionInfo | None:
+    """Describe the images that the model takes; None if it takes none."""
+    vision = getattr(config.model, "vision", None)
+    if vision is None:
+        return None
+    names = ("patch", "merge", "max_side_px", "image_token_id", "break_token_id", "end_token_id")
+    return VisionInfo(mean=MEAN, std=STD, **{name: getattr(vision, name) for name in names})

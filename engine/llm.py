@@ -3,7 +3,7 @@
     llm = LLM("path/to/checkpoint", dtype="float32")
     outs = llm.generate([[1, 2, 3], "text"], SamplingParams(max_tokens=16, temperature=0.0, logprobs=5))
     outs[0].token_ids, outs[0].text, outs[0].finish_reason, outs[0].logprobs, outs[0].samples[0]
-    answer = llm.chat(messages, tools=tools)
+    answer = llm.chat(messages, tools=tools, images=[Path("cat.png").read_bytes()])
     answer.thinking, answer.text, answer.tool_calls, answer.turn
 
 Requests are validated, detokenized and cut at stop strings by the code that serves the RPC.
@@ -32,6 +32,7 @@ from cierzo.engine.errors import CoreFailed, InvalidRequest
 from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.arguments import generate_message, held, sampling_params
+from cierzo.engine.frontend.image_parts import images_of
 from cierzo.engine.frontend.one_process import OneProcess
 from cierzo.engine.frontend.sample import Sample
 from cierzo.engine.frontend.validate import SEED_BITS
@@ -98,6 +99,7 @@ class LLM(OneProcess):
         *,
         suffix: str | None = None,
         grammar: Grammar | Mapping[str, Any] | None = None,
+        images: Iterable[Any] | None = None,
         progress: bool = False,
         **params: Any,
     ) -> list[Output]:
@@ -112,6 +114,8 @@ class LLM(OneProcess):
 
         suffix: text that comes behind the answer to a prompt of text, for models that fill in the middle. grammar:
         what each answer holds, such as {"kind": "json_schema", "value": "..."}, of the kinds of docs/structured.md.
+        images: for each prompt of token ids the files of the images whose tokens it has, for one prompt alone its
+        files; `chat` writes the tokens itself.
 
         Ctrl-C ends the call. A signal handler that is to end it must raise a BaseException, as Ctrl-C does: an
         Exception within a step is taken for the step's own, and ends only the request that meets it.
@@ -119,9 +123,11 @@ class LLM(OneProcess):
         self._check_process()
         listed = _listed(prompts)
         jobs = []
-        for number, (prompt, base) in enumerate(zip(listed, _each(sampling, len(listed)), strict=True)):
+        rows = zip(listed, _each(sampling, len(listed)), _files(images, len(listed)), strict=True)
+        for number, (prompt, base, files) in enumerate(rows):
             with _naming_prompt(number, len(listed)):
-                jobs.append(self._submit({**_fields(prompt), "suffix": suffix, "grammar": grammar}, base, params))
+                fields = {**_fields(prompt), "suffix": suffix, "grammar": grammar, "images": files}
+                jobs.append(self._submit(fields, base, params))
         return self._run(jobs, progress)
 
     def chat(
@@ -134,6 +140,7 @@ class LLM(OneProcess):
         parallel_tool_calls: bool = True,
         reasoning_effort: str | None = None,
         grammar: Grammar | Mapping[str, Any] | None = None,
+        images: bytes | Iterable[bytes] | None = None,
         progress: bool = False,
         **params: Any,
     ) -> Output:
@@ -141,9 +148,10 @@ class LLM(OneProcess):
 
         One message alone may be given without its list. The other arguments are those of `generate`. The model may
         call `tools` (tool_choice "none": it may not; "required": it must; or the name of the one that it must
-        call); without `parallel_tool_calls` its answer ends after one call. grammar: what its text holds.
-        Messages, tools and calls may also have the fields that OpenAI's and Mistral's interfaces give them.
-        Raises InvalidRequest, CoreFailed.
+        call); without `parallel_tool_calls` its answer ends after one call. grammar: what its text holds. images:
+        the files of those parts of the messages that are {"type": "image"} and have no data URL as "url", in order.
+        Messages, tools and calls may also have the fields that OpenAI's and Mistral's interfaces give them. Raises
+        InvalidRequest, CoreFailed.
 
             answer = llm.chat(messages, tools=tools)
             while answer.tool_calls:
@@ -161,6 +169,7 @@ class LLM(OneProcess):
             "parallel_tool_calls": parallel_tool_calls,
             "reasoning_effort": reasoning_effort,
             "grammar": grammar,
+            "images": images,
         }
         return self._run([self._submit(fields, sampling, params)], progress)[0]
 
@@ -225,7 +234,7 @@ class LLM(OneProcess):
         special_ids = self._prompts.special_ids
         prompts, info = self._prompts, self._info
         validate.fields(message, self._config.frontend, info, special_ids, efforts=prompts.efforts)
-        prompt = prompts.encode(message)
+        prompt = prompts.encode(message, images=images_of(message, self._config.frontend, info))
         seed = message.sampling.seed
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
         submit = validate.request(
@@ -236,6 +245,7 @@ class LLM(OneProcess):
             info,
             special_ids,
             image_token_ids=prompts.image_token_ids,
+            images=prompt.images,
         )
         submit = prompts.masked(submit, message, info, in_thinking=prompt.in_thinking)
         if grammar := self._grammars.of(message, in_thinking=prompt.in_thinking):
@@ -392,6 +402,20 @@ def _checked(value: Any, field: str, kinds: str) -> Iterable[Any]:
 def _is_number(value: Any) -> bool:
     """Whether a value is a token id rather than a prompt: an integer, also one that numpy or torch holds."""
     return isinstance(value, Integral) or getattr(value, "ndim", None) == 0
+
+
+def _files(images: Any, count: int) -> list[Any]:
+    """The files of each prompt's images. Raises InvalidRequest for other numbers of lists than of prompts."""
+    if images is None:
+        return [None] * count
+    images = [images] if isinstance(images, bytes | bytearray | memoryview) else images
+    each = list(_checked(images, "images", "files, or for each prompt a list of them"))
+    if count == 1 and all(isinstance(one, bytes | bytearray | memoryview) for one in each):
+        return [each]
+    if len(each) != count:
+        what = f"{len(each)} lists of images for {count} prompts"
+        raise InvalidRequest(what, field="images", limit=count, value=len(each))
+    return each
 
 
 def _each(sampling: Any, count: int) -> list[Any]:

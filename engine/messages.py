@@ -16,6 +16,7 @@ from cierzo.engine.conversation import (
     Content,
     Grammar,
     GrammarKind,
+    ImageChunk,
     Message,
     Part,
     PartKind,
@@ -26,6 +27,7 @@ from cierzo.engine.conversation import (
 )
 from cierzo.engine.core_stats import CoreStats
 from cierzo.engine.expert_statistics import ExpertStatistics
+from cierzo.engine.prompt_image import PromptImage, VisionInfo
 from cierzo.engine.questions import (
     Detokenize,
     Detokenized,
@@ -48,7 +50,7 @@ OLDEST_VERSION = 2  # spoken too; it knows no features
 # Named abilities, which hello asks for and welcome grants. What belongs to one that was not granted is an error.
 FEATURES = (
     *("accounting", "attach", "batches", "credit", "keepalive"),
-    *("grammars", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
+    *("grammars", "images", "masks", "parts", "probes", "prompt_logprobs", "resume", "tokenize", "trace"),
 )
 # The part of "resume" that readers within this process have: `accepted` comes, without an id to resume by.
 ACCEPTANCE = "acceptance"
@@ -71,10 +73,12 @@ __all__ = [
     "Grammar",
     "GrammarKind",
     "Health",
+    "ImageChunk",
     "Message",
     "ModelInfo",
     "Part",
     "PartKind",
+    "PromptImage",
     "SamplingParams",
     "Stats",
     "TextChunk",
@@ -87,6 +91,7 @@ __all__ = [
     "TokenizerInfo",
     "Tool",
     "ToolCall",
+    "VisionInfo",
 ]
 
 
@@ -104,13 +109,15 @@ class Hello(Message, frozen=True, tag="hello"):
     key: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Attach(Message, frozen=True, tag="attach"):
+class Attach(Message, frozen=True, tag="attach", omit_defaults=True):
     """Part of a prompt that is too long for one frame (feature "attach"): bytes that are appended to what was
-    attached to `stream` before. The `generate` that follows says by `attached` which field they stand for.
+    attached to `stream` before. The `generate` that follows says by `attached` which field they stand for. `image`
+    (feature "images"): they are of the file of this number, from 0, and not of the prompt.
     """
 
     stream: int
     data: bytes
+    image: int | None = None
 
 
 class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
@@ -129,6 +136,8 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
 
     Of the feature "grammars": `grammar`, which the text of the answer holds; `tool_choice` "required", or the name
     of one of `tools`: the answer is calls, or a call of that one; `Tool.strict`.
+
+    Of the feature "images": `images`, files for the image parts of `messages` without a `url`, or for `token_ids`.
 
     Of the feature "trace": `caller_id`, the caller's own name of the request, and `traceparent`, the W3C trace
     context that it is part of; the server's logs and records repeat both.
@@ -151,6 +160,7 @@ class Generate(Message, frozen=True, tag="generate", omit_defaults=True):
     parallel_tool_calls: bool = True
     suffix: str | None = None
     grammar: Grammar | None = None
+    images: list[bytes] = []
     caller_id: str = ""
     traceparent: str = ""
 
@@ -234,7 +244,7 @@ ClientMessage = (
 class Limits(Message, frozen=True, omit_defaults=True):
     """Limits that the front end enforces on this connection. Those with a default are told to clients that have the
     feature that they belong to: attached bytes of a stream; delta cost in bytes that a stream may have outstanding;
-    seconds of silence after which a ping comes, and the connection ends if nothing answers it as long again.
+    seconds of silence until a ping comes, and as many until the end; images, bytes, pixels of one, tokens of all.
     """
 
     max_frame_bytes: int
@@ -244,6 +254,10 @@ class Limits(Message, frozen=True, omit_defaults=True):
     max_attached_bytes: int = 0
     stream_credit_bytes: int = 0
     keepalive_s: float = 0.0
+    max_images: int = 0
+    max_image_bytes: int = 0
+    max_image_pixels: int = 0
+    max_image_tokens: int = 0
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
@@ -416,7 +430,7 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     `tenant`, `weight`: whose it is, and that one's share beside others; `cache_salt`: prompts with different ones
     share no blocks. `num_scored`: entries of the prompt's log-probabilities that an earlier run has delivered.
     `grammar`: what the whole output must be, as llguidance reads it, within the limits of text/grammar_limits.py;
-    "": anything.
+    "": anything. `images`: of the prompt, in its order.
     """
 
     request_id: int
@@ -434,6 +448,16 @@ class Submit(Message, frozen=True, tag="submit", omit_defaults=True):
     cache_salt: bytes = b""
     num_scored: int = 0
     grammar: str = ""
+    images: list[PromptImage] = []
+
+
+class Pixels(Message, frozen=True, tag="pixels"):
+    """Part of an image's pixels, ahead of the Submit that names its digest: bytes from `start` on, of `size`."""
+
+    digest: bytes
+    size: int
+    start: int
+    data: bytes
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -448,7 +472,7 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     """Leave the loop now."""
 
 
-CoreCommand = Vocabulary | Submit | Abort | Shutdown
+CoreCommand = Vocabulary | Pixels | Submit | Abort | Shutdown
 
 # --- core -> front end -------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cierzo.engine.conversation import ChatMessage, Message, Tool
 from cierzo.engine.core_stats import CoreStats
+from cierzo.engine.prompt_image import VisionInfo
 
 
 class GetHealth(Message, frozen=True, tag="health"):
@@ -96,7 +97,7 @@ class ModelInfo(Message, frozen=True, tag="model_reply", omit_defaults=True):
     """The model that is served. `eos_token_ids` end a generation unless `ignore_eos`.
 
     Told with the feature "parts": `reasoning_efforts`, words that `reasoning_effort` may say; `marks_thinking` and
-    `marks_calls`, whether parts of these kinds are told apart.
+    `marks_calls`, whether parts of these kinds are told apart. `vision`: images that it takes, None: no images.
     """
 
     stream: int
@@ -114,6 +115,7 @@ class ModelInfo(Message, frozen=True, tag="model_reply", omit_defaults=True):
     reasoning_efforts: list[str] = []
     marks_thinking: bool = False
     marks_calls: bool = False
+    vision: VisionInfo | None = None
 
 
 class Tokenized(Message, frozen=True, tag="tokenized"):

@@ -100,19 +100,23 @@ def _card_need(folder: Path, model: ModelConfig, weights: Any, longest: int) -> 
     fits: list[Fit] = []
     for card in DATA_SHEETS:
         for count in COUNTS:
-            fit = _fit(folder, card if count == 1 else f"{count}x{card}", weights, longest)
+            fit = _fit(folder, card if count == 1 else f"{count}x{card}", weights, longest, model.vision is None)
             fits += [] if fit is None else [fit]
             if fit is not None and fit.max_model_len >= longest:
                 break
     return CardNeed(weights, weight_bytes(model, NumberFormats(weights=weights)), tuple(fits))
 
 
-def _fit(folder: Path, device: str, weights: Any, longest: int) -> Fit | None:
+def _fit(folder: Path, device: str, weights: Any, longest: int, text_only: bool) -> Fit | None:
     """The longest request that a device has room for beside the weights; None where not even they fit."""
     for tokens in (longest, None):
         try:
             options = EngineOptions(
-                model=str(folder), device=f"simulated:{device}", weights=weights, max_model_len=tokens
+                model=str(folder),
+                device=f"simulated:{device}",
+                weights=weights,
+                max_model_len=tokens,
+                text_only=text_only,
             )
             return Fit(device, resolve(options).scheduler.max_model_len)
         except ConfigError:
@@ -122,7 +126,7 @@ def _fit(folder: Path, device: str, weights: Any, longest: int) -> Fit | None:
 
 def _host_need(folder: Path, model: ModelConfig, weights: Any, longest: int) -> HostNeed:
     taken = weight_bytes(model, NumberFormats(weights=weights, on_gpu=False))
-    options = EngineOptions(model=str(folder), device="cpu", weights=weights)
+    options = EngineOptions(model=str(folder), device="cpu", weights=weights, text_only=model.vision is None)
     if model.max_position_embeddings is None:
         options = msgspec.structs.replace(options, max_model_len=longest)
     try:

@@ -11,6 +11,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `priority_aging_s` is what one level of priority is worth in seconds of waiting: a request of priority p
     that arrived at t is ordered by t + p * priority_aging_s, so a lower level runs first and no level starves.
     `max_step_s` is the target for a step's predicted seconds, which chunks of prompts are cut to; 0: tokens alone.
+    `image_cache_tokens` bounds the embeddings of images that are kept, in image tokens; `image_stages`: parts that
+    a vision tower's work on an image can be cut into, one or a few for a step.
     """
 
     budget_tokens: int = 1024
@@ -20,6 +22,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_waiting: int = 4096
     max_model_len: int = 8192
     priority_aging_s: float = 30.0
+    image_cache_tokens: int = 16_384
+    image_stages: int = 1
 
     def require(self, capacity_tokens: int) -> None:
         """Raise ValueError for limits with which a step could stall, beside a cache of `capacity_tokens`: every

@@ -19,24 +19,31 @@ FORGET = 0.98  # what a learned step still counts for when the next one has been
 DECODE_STRIDE = 4  # of priced steps that only decode, which are much alike, one in so many is learned from
 LEARN_EVERY_S = 0.002  # of priced steps: learning takes 30 us, which is much of a step of a tenth of this
 SWEEPS = 6
+FEATURES = 8  # of a step that its seconds are a sum over
 
 
 class StepWork(msgspec.Struct, frozen=True, gc=False):
     """Work of a step. decode_context: tokens of context that its decode rows read. rows, pairs, context: of all its
-    chunks, the pairs of a row and a key that it sees and the tokens of context that the chunks attend to."""
+    chunks, the pairs of a row and a key that it sees and the tokens of context that the chunks attend to.
+    embeddings, embedding_pairs: of images that are made, their image tokens, and the squares of these; of one that
+    is made in part, this part."""
 
     sequences: int = 0
     decode_context: int = 0
     rows: int = 0
     pairs: float = 0.0
     context: int = 0
+    embeddings: float = 0.0
+    embedding_pairs: float = 0.0
 
 
 class StepCost(msgspec.Struct, frozen=True, gc=False):
     """Seconds of a step as a sum: of any step; of one with a chunk in it; of each sequence; of each token of
     context that a decode row reads; of each row of a chunk; of each pair of such a row and a key that it sees.
 
-    most_rows: of a step's chunks together, beside others; nobody knows yet what more would take.
+    most_rows: of a step's chunks together, beside others; nobody knows yet what more would take. embedding_s,
+    embedding_pair_s: of an image in the tower, times its image tokens and times their square; most_embeddings: as
+    most_rows.
     """
 
     step_s: float
@@ -47,6 +54,9 @@ class StepCost(msgspec.Struct, frozen=True, gc=False):
     pair_s: float
     context_pairs: float = 0.0
     most_rows: int = sys.maxsize
+    embedding_s: float = 0.0
+    embedding_pair_s: float = 0.0
+    most_embeddings: int = sys.maxsize
 
     def seconds(self, work: StepWork) -> float:
         """Predict a step."""
@@ -57,7 +67,15 @@ class StepCost(msgspec.Struct, frozen=True, gc=False):
             else 0.0
         )
         decodes_s = work.sequences * self.sequence_s + work.decode_context * self.decode_context_s
-        return self.step_s + decodes_s + chunks_s
+        return self.step_s + decodes_s + chunks_s + self.images_s(work.embeddings, work.embedding_pairs)
+
+    def images_s(self, embeddings: float, pairs: float) -> float:
+        """Predict the tower's time for images."""
+        return embeddings * self.embedding_s + pairs * self.embedding_pair_s
+
+    def image_s(self, num_embeddings: int) -> float:
+        """Predict the tower's time for an image."""
+        return self.images_s(num_embeddings, num_embeddings**2)
 
     def chunk_s(self, start: int, count: int) -> float:
         """Predict what a chunk adds to a step that has one already."""
@@ -103,12 +121,17 @@ class CostLearner:
     def __init__(self, context_pairs: float = 0.0, target_s: float = 0.0) -> None:
         """target_s: the longest that a step beside others should take; 0: no matter."""
         most_rows = FIRST_ROWS if target_s else sys.maxsize
-        self.cost = StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, context_pairs, most_rows)
+        most_embeddings = 1 if target_s else sys.maxsize
+        self.cost = StepCost(
+            0.0, 0.0, 0.0, 0.0, 0.0, 0.0, context_pairs, most_rows, most_embeddings=most_embeddings
+        )
         self._context_pairs, self._target_s = context_pairs, target_s
-        self._products = [[0.0] * 6 for _ in range(6)]  # sums of products of two features
-        self._sums = [0.0] * 6  # of products of a feature and the seconds
+        self._products = [[0.0] * FEATURES for _ in range(FEATURES)]  # sums of products of two features
+        self._sums = [0.0] * FEATURES  # of products of a feature and the seconds
         # in the order in which coefficients are found: what one explains, no later one has to
-        self._found = [0.0] * 6  # step, row, pair, sequence, decode context, prompt
+        self._found = [
+            0.0
+        ] * FEATURES  # step, row, pair, sequence, decode context, prompt, embedding, pair of these
         self._seen = self._decodes = 0
         self._passed_s = 0.0  # of steps that nothing was learned from
 
@@ -131,22 +154,28 @@ class CostLearner:
         self._passed_s = 0.0
         scale = max(seconds, self.cost.seconds(work))
         pairs = work.pairs + self._context_pairs * work.context
-        features = (1.0, work.rows, pairs, work.sequences, work.decode_context, float(work.rows > 0))
+        features = (
+            *(1.0, work.rows, pairs, work.sequences, work.decode_context, float(work.rows > 0)),
+            *(work.embeddings, work.embedding_pairs),
+        )
         self._take([feature / scale for feature in features], seconds / scale)
         self._seen += 1
-        most_rows = self._most_rows(work.rows, seconds)
+        most_rows = self._most(self.cost.most_rows, work.rows, seconds)
+        most_embeddings = self._most(self.cost.most_embeddings, work.embeddings, seconds)
         if self.is_priced:
-            step, row, pair, sequence, context, prompt = self._found
-            self.cost = StepCost(step, prompt, sequence, context, row, pair, self._context_pairs, most_rows)
-        elif most_rows != self.cost.most_rows:
-            self.cost = msgspec.structs.replace(self.cost, most_rows=most_rows)
+            step, row, pair, sequence, context, prompt, embedding, embedding_pair = self._found
+            chunks = step, prompt, sequence, context, row, pair, self._context_pairs, most_rows
+            self.cost = StepCost(*chunks, embedding, embedding_pair, most_embeddings)
+        elif (most_rows, most_embeddings) != (self.cost.most_rows, self.cost.most_embeddings):
+            self.cost = msgspec.structs.replace(self.cost, most_rows=most_rows, most_embeddings=most_embeddings)
         else:
             return False
         return True
 
-    def _most_rows(self, rows: int, seconds: float) -> int:
-        """Rows that the next steps may have, after one of so many: by the row a larger step is no slower."""
-        most, target_s = self.cost.most_rows, self._target_s
+    def _most(self, most: int, rows: float, seconds: float) -> int:
+        """Rows or embeddings that the next steps may have, of `most` so far, after one of so many: by the row a
+        larger step is no slower."""
+        target_s = self._target_s
         if not rows or not target_s:
             return most
         within = int(rows * min(2.0, target_s / seconds))

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from cierzo.scheduler.cost import StepWork
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
@@ -82,13 +83,16 @@ class SeqPlan(msgspec.Struct, frozen=True, gc=False):
     samples: bool
     admission: Admission | None
     scoring: Scoring | None = None
+    images: tuple[Image, ...] = ()
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
     """The rows that one step computes, in the order in which rows are laid out. Empty when there is nothing to do.
 
     ahead: some of its tokens are PENDING. work: as priced when it was planned; None where the step is not priced,
-    or run again. predicted_s: of this step, or the last priced one; 0.0: no price was known.
+    or run again. predicted_s: of this step, or the last priced one; 0.0: no price was known. kept: the images, by
+    key, whose embeddings the runner keeps from now on, what it makes in this step included; None: as before. begun:
+    images that no row of it needs yet, of each the stages of the tower that are done before its rows.
     """
 
     step: int
@@ -97,6 +101,8 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     ahead: bool = False
     work: StepWork | None = None
     predicted_s: float = 0.0
+    kept: tuple[bytes, ...] | None = None
+    begun: list[tuple[Image, int]] = []
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from cierzo.scheduler.cost import StepCost
+from cierzo.scheduler.images import Lacking
 from cierzo.scheduler.plan import entry_bytes
 from cierzo.scheduler.request import Request
 
@@ -18,6 +19,9 @@ HOPELESS = 2.0  # a prompt is given up when it takes, by prediction, so many tim
 # Service in units of a prompt token: what a generated one counts for in "Fairness in Serving Large Language Models"
 # (Sheng et al., OSDI 2024), whose virtual token counter `Tenants` keeps.
 GENERATED_CHARGE = 2.0
+# An image token that the tower makes an embedding of, beside the prompt token that it is: Small 4's largest image
+# takes 24 TFLOP in the tower, and 40 in the text model.
+EMBEDDING_CHARGE = 1.0
 SCORED_BYTES = 256 << 10  # of log-probabilities of a prompt in a step
 ROUNDING = 1e-9  # of shares, which are sums of fractions
 
@@ -61,13 +65,14 @@ def reserve_blocks(num_running: int) -> int:
     return num_running
 
 
-def is_hopeless(request: Request, cost: StepCost | None, now: float) -> bool:
+def is_hopeless(request: Request, cost: StepCost | None, now: float, lacking: Iterable[Lacking] = ()) -> bool:
     """Whether a prompt is sure to miss its deadline: what is left of it would take more than HOPELESS times the
-    seconds that are left, if it had the machine to itself."""
+    seconds that are left, if it had the machine to itself. lacking: images that it needs made."""
     deadline_at_s = request.new.deadline_at_s
     if deadline_at_s is None or cost is None:
         return False
     least_s = cost.prompt_seconds(request.num_planned, len(request.tokens))
+    least_s += sum(one.share * cost.image_s(one.image.num_embeddings) for one in lacking)
     return least_s > HOPELESS * (deadline_at_s - now)
 
 

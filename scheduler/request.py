@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cierzo.cache.manager import SequenceBlocks
+from cierzo.scheduler import images
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.params import SamplingParams, ThinkingBudget
 from cierzo.scheduler.plan import Admission, Finish, FinishReason, GrammarState, RequestKey, Scoring, SeqPlan
 from cierzo.scheduler.stop import StopReason, StopRule, stop_rule
@@ -36,7 +38,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     `arrival_s` (None: now) and `deadline_at_s` are readings of the scheduler's clock. `banned`, `thinking`: as in
     Admission; no decision here depends on them. `weight`: of the tenant, from now on. Requests of different `salt`
     share no block. `num_scored`: log-probabilities of the prompt that an earlier run has delivered. `constraint`:
-    of one with a grammar, which is held until `Scheduler.release`.
+    of one with a grammar, which is held until `Scheduler.release`. `images`: of the prompt, in its order.
     """
 
     request_id: int
@@ -55,6 +57,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     salt: bytes = b""
     num_scored: int = 0
     constraint: Any = None  # Constraint | None
+    images: tuple[Image, ...] = ()
 
     def require(self, max_model_len: int) -> None:
         """Raise ValueError for what cannot be run."""
@@ -67,6 +70,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             )
         if not 0 < self.weight < math.inf:
             raise ValueError(f"request {key}: weight {self.weight} of tenant {self.tenant!r} must be above 0")
+        images.require(self.images, len(self.prompt_token_ids))
 
 
 class State(Enum):
@@ -136,6 +140,9 @@ class Request:
     grammar: GrammarState | None = None  # what it says of the output; None: it has none
     is_held: bool = False  # until its grammar is made
     is_late: bool = False  # its grammar's mask was not there when a step chose tokens
+    is_new: bool = False  # admitted, and in no plan yet
+    inside_image: bytes | None = None  # key of the image that its last planned chunk ends inside of
+    paid_images_end: int = 0  # images that end by here are paid for
     admitted_at: float | None = None  # first admission
     first_token_at: float | None = None  # first token of this run; resumed ones came before
     spent: Spent = field(default_factory=Spent)
@@ -221,8 +228,9 @@ class Request:
         count = self.new.sampling.prompt_logprobs or 0
         return Scoring(first, self.tokens[first + 1 : last + 1], count) if first < last else None
 
-    def chunk(self, start: int, count: int, *, samples: bool, admitted: bool) -> SeqPlan:
-        """Plan so many tokens of it for a step. admitted: it has got its slot for this step."""
+    def chunk(self, start: int, count: int, *, samples: bool) -> SeqPlan:
+        """Plan so many tokens of it for a step; with all that a runner has to know, the first time in its slot."""
+        admitted, self.is_new = self.is_new, False
         return SeqPlan(
             key=self.key,
             slot=self.slot,
@@ -234,6 +242,7 @@ class Request:
             samples=samples,
             admission=self.admission() if admitted else None,
             scoring=self.scoring(start, start + count),
+            images=images.within(self.new.images, start, start + count) if self.new.images else (),
         )
 
     def revised(self, seq: SeqPlan) -> SeqPlan | None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-import msgspec
-
 from cierzo.cache.manager import KVCacheManager
 from cierzo.scheduler import policy
 from cierzo.scheduler.accounts import Accounts, SchedulerStats
 from cierzo.scheduler.budget import StepBudget
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import StepCost
+from cierzo.scheduler.images import EmbeddingBook
 from cierzo.scheduler.plan import (
     PENDING,
     Constraint,
     FinishReason,
     RequestKey,
-    Scoring,
     SeqPlan,
     StepPlan,
     StepResult,
@@ -57,6 +55,7 @@ class Scheduler:
         self._live: dict[int, dict[int, Request]] = {}  # request id -> sample -> request
         self._running: dict[RequestKey, Request] = {}  # in admission order
         self._tenants = Tenants(config.max_running, cache.num_blocks)
+        self._images = EmbeddingBook(config.image_cache_tokens, config.image_stages)
         self._gate = SiblingGate()
         self._grammar_gate = GrammarGate()
         self._deadlines = RequestHeap()
@@ -81,7 +80,7 @@ class Scheduler:
         tokens = [*new.prompt_token_ids, *new.output_token_ids]
         arrived_at = self._clock() if new.arrival_s is None else new.arrival_s
         order = policy.waiting_order(arrived_at, new.priority, self._config.priority_aging_s, self._num_arrivals)
-        blocks = self._cache.open(tokens, len(new.prompt_token_ids), new.salt)
+        blocks = self._cache.open(tokens, len(new.prompt_token_ids), new.salt, new.images)
         tenant = self._tenants.arrive(new.tenant, new.weight)
         request = Request.of(new, tokens, blocks, tenant, order, arrived_at, self._config.max_model_len)
         self._num_arrivals += 1
@@ -153,12 +152,13 @@ class Scheduler:
         now = self._clock()
         self._expire(now)
         preemptions = self._accounts.preemptions
+        self._images.begin_step()
         decodes, prefills, num_pending = self._plan_decodes()
         if prefills:
             prefills = [request for request in prefills if request.state is State.RUNNING]
         is_priced = bool(prefills or self._tenants.num_waiting or self._num_steps % policy.PRICED_STRIDE == 0)
         context = sum([seq.start for seq in decodes.values()]) + len(decodes) if is_priced else 0
-        budget = StepBudget(self._config, self._cost, decodes.values(), context, len(prefills))
+        budget = StepBudget(self._config, self._cost, decodes.values(), context, len(prefills), self._images)
         # after a preemption there is no room, and nobody is admitted
         if prefills or self._tenants.num_waiting:
             self._plan_prompts(prefills, budget, now, admits=preemptions == self._accounts.preemptions)
@@ -169,7 +169,7 @@ class Scheduler:
         if work is not None and seqs and self._cost is not None:
             self._predicted_s = self._cost.seconds(work)
         num_tokens = self._config.budget_tokens - budget.tokens
-        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s)
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, *self._images.told())
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
@@ -196,7 +196,9 @@ class Scheduler:
             if computed >= request.blocks.next_index_tokens:
                 self._cache.index(request.blocks, computed)
             if seq.scoring is not None:
-                self._score(request, seq.scoring, result.prompt_logprobs[index])
+                entries = result.prompt_logprobs[index]
+                request.num_scored = seq.scoring.start + len(entries)
+                self._deltas.append(TokenDelta(*request.key, [], None, None, entries))
             if is_late:
                 request.wait_for_mask()
             elif seq.samples:
@@ -231,6 +233,7 @@ class Scheduler:
         self._gate.check(live)
         self._grammar_gate.check(live)
         self._tenants.check(live.values(), self._running.values())
+        self._images.check([*self._running.values()])
         self._cache.check(request.blocks for request in self._running.values())
 
     # --- arrival -----------------------------------------------------------------------------------------------
@@ -336,7 +339,7 @@ class Scheduler:
             if budget.is_spent:
                 break
             if not waits:
-                self._plan_chunk(request, budget, now, admitted=False)
+                self._plan_chunk(request, budget, now)
             elif not self._free_slots and not self._tenants.are_several:
                 break
             elif len(looked_past) < policy.MAX_LOOKED_PAST and self._cache.is_coming(
@@ -346,7 +349,7 @@ class Scheduler:
                 looked_past.append(request)
             elif self._admit(request, budget, turns, now):
                 budget.num_prompts += 1
-                self._plan_chunk(request, budget, now, admitted=True)
+                self._plan_chunk(request, budget, now)
             elif request.tenant.num_running and not self._has_a_claim(request):
                 self._tenants.lift(request.tenant)
                 turns.skip(request.tenant)
@@ -360,22 +363,25 @@ class Scheduler:
             found_none = not budget.is_spent and not looked_past and self._num_epochs == num_epochs
             self._blocked = found_none and not self._tenants.are_several
 
-    def _plan_chunk(self, request: Request, budget: StepBudget, now: float, *, admitted: bool) -> None:
+    def _plan_chunk(self, request: Request, budget: StepBudget, now: float) -> None:
         """Append the next chunk of a prompt (or of what a preemption lost), if there is time for one."""
         start, num_tokens, missing = request.num_planned, len(request.tokens), policy.missing(request)
-        if policy.is_hopeless(request, self._cost, now):
+        lacking = self._images.lacking(request, start, missing)
+        if policy.is_hopeless(request, self._cost, now, lacking):
             self._finish(request, "deadline", "what is left of the prompt takes longer than its deadline")
             return
         num_waiting = self._tenants.num_waiting
         contended = len(self._running) + num_waiting > 1
-        count = budget.chunk(start, missing, contended=contended, num_waiting=num_waiting, admitted=admitted)
+        count = budget.chunk(
+            start, missing, contended=contended, num_waiting=num_waiting, admitted=request.is_new, lacking=lacking
+        )
+        self._tenants.charge(request, start, count, self._images.take(request, start, count, budget.begun))
         if not count:
             return
         samples = start + count == num_tokens
-        self._tenants.charge(request, start, count)
         request.num_planned += count
         request.num_pending += samples
-        budget.seqs.append(request.chunk(start, count, samples=samples, admitted=admitted))
+        budget.seqs.append(request.chunk(start, count, samples=samples))
 
     def _admit(self, request: Request, budget: StepBudget, turns: Turns, now: float) -> bool:
         """Give a waiting sequence a slot and blocks; a tenant within its share takes them from those above theirs.
@@ -409,6 +415,7 @@ class Scheduler:
         self._tenants.discard(request)
         request.move(State.RUNNING)
         request.slot = self._free_slots.pop()
+        request.is_new = True
         request.epoch = self._num_epochs  # never given twice: a late result cannot meet a later run
         request.num_computed = request.num_planned = cached_tokens
         self._accounts.begin(request, now)
@@ -423,16 +430,13 @@ class Scheduler:
 
     # --- taking in ---------------------------------------------------------------------------------------------
 
-    def _score(self, request: Request, scoring: Scoring, entries: list[msgspec.Raw]) -> None:
-        """Report log-probabilities of a prompt."""
-        request.num_scored = scoring.start + len(entries)
-        self._deltas.append(TokenDelta(*request.key, [], None, None, entries))
-
     def _append(self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None, now: float) -> None:
         """Take in sampled tokens up to the one that ends the sequence, and report them."""
         request.tenant.counter += len(new) * request.tenant.token_charge
         if request.first_token_at is None:
-            self._first_token(request, now)
+            request.first_token_at = now
+            for sibling in self._gate.prompt_computed(request):
+                self._enqueue(sibling)
         request.num_pending -= 1
         count, reason, stop_token_id = request.take(new)
         self._accounts.output_tokens += count
@@ -443,11 +447,6 @@ class Scheduler:
         else:
             logprobs = None if logprobs is None else logprobs[:count]
             self._finish(request, reason, "", new[:count], logprobs, stop_token_id)
-
-    def _first_token(self, request: Request, now: float) -> None:
-        request.first_token_at = now
-        for sibling in self._gate.prompt_computed(request):
-            self._enqueue(sibling)
 
     # --- leaving -----------------------------------------------------------------------------------------------
 
@@ -467,6 +466,7 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
         self._tenants.end(request)
+        self._images.leave(request)
         request.num_computed = request.num_planned = request.num_pending = 0
         self._cache.free(request.blocks)
 

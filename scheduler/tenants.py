@@ -102,13 +102,16 @@ class Tenants:
         counters = [tenant.counter for tenant in self._active if tenant is not but]
         return max(self._last_turn, min(counters)) if counters else self._last_turn
 
-    def charge(self, request: Request, start: int, count: int) -> None:
-        """Charge a chunk to its tenant, but for what had been computed or charged before."""
+    def charge(self, request: Request, start: int, count: int, num_embeddings: int = 0) -> None:
+        """Charge a chunk to its tenant, but for what had been computed or charged before; and embeddings of images
+        that are made for it."""
+        if not count and not num_embeddings:
+            return
         tenant = request.tenant
         num_given = request.num_prompt_tokens + len(request.new.output_token_ids)
         tokens, request.num_charged = policy.first_computed(start, count, request.num_charged, num_given)
         self._last_turn = max(self._last_turn, tenant.counter)
-        tenant.counter += tokens / tenant.weight
+        tenant.counter += (tokens + policy.EMBEDDING_CHARGE * num_embeddings) / tenant.weight
 
     def lift(self, tenant: Tenant) -> None:
         """Take away what credit a tenant gathered while it asked for nothing or filled its share of the room."""

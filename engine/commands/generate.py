@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -24,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--token-ids", type=token_ids, metavar="IDS", help="prompt as token ids, separated by commas")
     add_effort(parser)
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image before the message: PNG, JPEG, WebP or GIF; may be given again",
+    )
     parser.add_argument("--suffix", type=text, metavar="TEXT", help="text that comes behind the answer to --prompt")
 
 
@@ -31,28 +39,39 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the answer, or its token ids where the checkpoint has no tokenizer. Raises CierzoError."""
     params = sampling(arguments)
     _refuse_misplaced(arguments)
+    images = [_read(path) for path in arguments.image]
     options = msgspec.structs.asdict(engine_options(arguments))
     with LLM(options.pop("model"), **options) as llm:
         if arguments.message is not None:
-            user = {"role": "user", "content": arguments.message}
-            output = llm.chat([user], params, reasoning_effort=arguments.reasoning_effort, progress=True)
+            parts = [*({"type": "image"} for _ in images), {"type": "text", "text": arguments.message}]
+            user = {"role": "user", "content": parts if images else arguments.message}
+            effort = arguments.reasoning_effort
+            output = llm.chat([user], params, reasoning_effort=effort, images=images, progress=True)
         else:
             prompt = arguments.prompt if arguments.token_ids is None else arguments.token_ids
             output = llm.generate([prompt], params, suffix=arguments.suffix, progress=True)[0]
-    screen, parts = Screen(), output.samples[0].parts
-    screen.show(
-        parts if any(part.text or part.name for part in parts) else [], ",".join(map(str, output.token_ids))
-    )
+    screen, said = Screen(), output.samples[0].parts
+    screen.show(said if any(part.text or part.name for part in said) else [], ",".join(map(str, output.token_ids)))
     screen.close()
     print()
-    remark(output.finish_reason, parts, output.broken_calls, sys.stderr)
+    remark(output.finish_reason, said, output.broken_calls, sys.stderr)
     if output.finish_reason == "failed":
         raise CoreFailed(output.samples[0].message)
     return 0
 
 
+def _read(path: str) -> bytes:
+    """The bytes of an image's file. Raises ConfigError where there is none."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise refusal("image", "a file that can be read", path, error.strerror or str(error)) from error
+
+
 def _refuse_misplaced(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for an option that says nothing of this kind of prompt."""
+    if arguments.image and arguments.message is None:
+        raise refusal("image", "with --message", arguments.image[0])
     if arguments.reasoning_effort is not None and arguments.message is None:
         raise refusal("reasoning_effort", "with --message", arguments.reasoning_effort)
     if arguments.suffix is not None and arguments.prompt is None:

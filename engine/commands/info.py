@@ -12,9 +12,9 @@ from cierzo.engine.options import add_checkpoint, add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, and the setting that chooses its tokenizer."""
+    """Add the checkpoint, and the settings of what is read of it."""
     add_checkpoint(parser)
-    add_options(parser, EngineOptions, skip={*EngineOptions.__struct_fields__} - {"tokenizer"})
+    add_options(parser, EngineOptions, skip={*EngineOptions.__struct_fields__} - {"tokenizer", "text_only"})
     parser.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
@@ -24,6 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
     from cierzo.engine import checkpoint_report  # imports jinja2 and tokenizers
     from cierzo.engine.model.build import parameter_specs  # imports torch
 
-    found = checkpoint_report.report(path, parameter_specs, arguments.tokenizer)
+    found = checkpoint_report.report(path, parameter_specs, arguments.tokenizer, arguments.text_only)
     print(msgspec.json.encode(found).decode() if arguments.json else found)
     return int(bool(found.refused))

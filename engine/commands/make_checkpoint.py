@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", action="store_true", help="with a tekken.json that fits, so that it takes words and chats"
     )
+    parser.add_argument("--vision", action="store_true", help="with a vision tower, so that it takes images")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         progress=True,
         tokenizer=short_tekken if arguments.tokenizer else None,
+        vision=arguments.vision,
     )
     print(describe(folder))
     return 0

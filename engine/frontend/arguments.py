@@ -143,8 +143,9 @@ def _unknown(name: object, value: object, known: Iterable[str]) -> InvalidReques
 
 def _value(name: str, value: Any) -> Any:
     """The plain value of a field of Generate; of messages and tools also as other interfaces write them, and one
-    message alone as a list."""
+    message or image alone as a list."""
     alone = name == "messages" and isinstance(value, Mapping | ChatMessage)
+    alone = alone or (name == "images" and isinstance(value, bytes | bytearray | memoryview))
     plain = _plain([value] if alone else value, name)
     if name == "tool_choice":
         return foreign.tool_choice(plain)

@@ -24,6 +24,7 @@ from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.grammar_checks import GrammarChecks
 from cierzo.engine.frontend.heap import Heap
+from cierzo.engine.frontend.image_parts import lacks_files
 from cierzo.engine.frontend.keeper import Keeper
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.readers import Readers
@@ -121,20 +122,20 @@ class Arrivals:
 
     # --- from the connections --------------------------------------------------------------------------
 
-    def attach(self, sink: Sink, stream_id: int, data: Buffer) -> None:
-        """Append bytes to what the next `generate` of this stream says they are."""
+    def attach(self, sink: Sink, stream_id: int, data: Buffer, image: int | None = None) -> None:
+        """Append bytes to what the next `generate` of this stream says they are, or to the image of this number."""
         if stream_id in self._streams.of(sink):
             raise InvalidRequest(
                 "this stream is already open", field="stream", limit="attached before generate", value=stream_id
             )
-        self._attachments.add(sink, stream_id, data)
+        self._attachments.add(sink, stream_id, data, image)
 
     def generate(self, sink: Sink, message: Generate) -> None:
         """Accept a request, or join the one that its idempotency key names, or raise the CierzoError that says why
         not."""
         attached = self._attachments.take(sink, message.stream)
         if attached is not None and attached.refused:
-            if message.attached is not None:
+            if message.attached is not None or lacks_files(message):
                 return  # the client has its answer
             attached = None
         try:
@@ -143,10 +144,18 @@ class Arrivals:
                 self._readers.join(sink, message, stream)
                 return
             prompts = self._prompts
-            validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
+            validate.fields(
+                message,
+                self._config,
+                self._model,
+                prompts.special_ids,
+                efforts=prompts.efforts,
+                num_attached=0 if attached is None else len(attached.images),
+            )
             self._admit(sink.access.tenant, message.sampling.n)
             if attached is not None or message.attached is not None:
-                num_bytes, most = None if attached is None else attached.num_bytes, self._model.max_model_len
+                num_bytes = None if attached is None else attached.prompt_bytes
+                most = self._model.max_model_len
                 validate.attached(message, num_bytes, most, self._prompts.max_text_bytes(most))
         except CierzoError as error:
             self._owner.refused(error, sink, message)
@@ -200,6 +209,7 @@ class Arrivals:
             self._encoders.budget.give(num_bytes, stream.tenant.name)
         if (future := self._encoding.pop(stream.request_id, None)) is not None:
             future.cancel()
+        self._heap.let_go(stream)
 
     def close(self) -> None:
         """Stop what runs on the side."""
@@ -249,9 +259,16 @@ class Arrivals:
         features = sorted(stream.sink.features)
         was_refused = attached is not None and attached.refused
         attached = None if was_refused else attached
-        job = Job(stream=stream.stream_id, features=features, has_attached=attached is not None)
-        pieces = [] if attached is None else attached.pieces
-        future = self._encoders.submit(job, body, pieces, stream.deadline_at_s, stream.tenant.name)
+        pieces, images = ([], []) if attached is None else (attached.pieces, attached.images)
+        job = Job(
+            stream=stream.stream_id,
+            features=features,
+            has_attached=bool(pieces),
+            num_images=len(images),
+            was_refused=was_refused,
+        )
+        files = [image.pieces for image in images]
+        future = self._encoders.submit(job, body, pieces, stream.deadline_at_s, stream.tenant.name, files)
         self._encoding[stream.request_id] = future
         future.add_done_callback(lambda done: self._encoded(stream, done, was_refused))
 
@@ -284,6 +301,8 @@ class Arrivals:
 
     def _held(self, stream: Stream, encoded: Encoded) -> None:
         """Start a request, once its grammar is known to be one; meanwhile its prompt counts as one that waits."""
+        if encoded.submit.images:
+            self._heap.hold(stream, sum(len(image.pixels) for image in encoded.submit.images))
         if not encoded.submit.grammar:
             self._start(stream, encoded)
             return
@@ -425,6 +444,7 @@ class Arrivals:
 
     def _leave(self, stream: Stream) -> None:
         """A stream that was not started leaves no trace."""
+        self._heap.let_go(stream)
         self._streams.close(stream)
         self._streams.detach(stream)
         self._keeper.refused(stream)

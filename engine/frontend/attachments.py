@@ -21,11 +21,23 @@ MAX_REFUSED = 1024  # prompts of a connection that were refused in part and may 
 @dataclass(slots=True)
 class Attached:
     """Bytes attached to a stream. `refused`: the client has an error for its answer already, and nothing is
-    kept; up to the `generate`, what still comes of this prompt is passed over in silence."""
+    kept; up to the `generate`, what still comes of this prompt is passed over in silence. `images`: their files,
+    each as an entry of its own."""
 
     pieces: list[Buffer] = field(default_factory=list)
     num_bytes: int = 0
     refused: bool = False
+    images: list[Attached] = field(default_factory=list)
+
+    @property
+    def prompt_bytes(self) -> int | None:
+        """Bytes of a prompt; None if none was attached, but images alone."""
+        return self.num_bytes if self.pieces else None
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of prompt and images."""
+        return self.num_bytes + sum(image.num_bytes for image in self.images)
 
     def append(self, data: Buffer) -> None:
         """Keep a piece."""
@@ -55,14 +67,15 @@ class Attachments:
         self._refused: dict[Sink, set[int]] = {}  # no stream is in both
         self._expiry: Expiry[tuple[Sink, int]] = Expiry(ATTACHED_S, clock, self._expire)
 
-    def add(self, sink: Sink, stream_id: int, data: Buffer) -> None:
-        """Append to what `stream_id` has; raises InvalidRequest or Overloaded, and keeps nothing then."""
+    def add(self, sink: Sink, stream_id: int, data: Buffer, image: int | None = None) -> None:
+        """Append to what `stream_id` has of a prompt, or of the image of this number; raises InvalidRequest or
+        Overloaded, and keeps nothing then."""
         if stream_id in self._refused.get(sink, ()):
             self._expiry.add((sink, stream_id))
             return
         entry = self._entry(sink, stream_id)
         most = self._config.max_attached_bytes
-        num_bytes = entry.num_bytes + len(data)
+        num_bytes = entry.all_bytes + len(data)
         if num_bytes > most:
             raise InvalidRequest(
                 f"{num_bytes} bytes are attached, allowed: {most}",
@@ -70,8 +83,11 @@ class Attachments:
                 limit=most,
                 value=num_bytes,
             )
+        part = entry if image is None else self._image(entry, image, len(data))
         self._budget.take(len(data), sink.access.tenant.name)
-        entry.append(data)
+        if image == len(entry.images):
+            entry.images.append(part)
+        part.append(data)
 
     def refuse(self, sink: Sink, stream_id: int) -> None:
         """An error was the answer to part of a prompt: keep nothing of it, and pass over the rest. Raises
@@ -98,7 +114,7 @@ class Attachments:
         entry = self._sinks.get(sink, {}).pop(stream_id, None)
         if entry is not None:
             self._expiry.discard((sink, stream_id))
-            self._budget.give(ENTRY_BYTES + entry.num_bytes, sink.access.tenant.name)
+            self._budget.give(ENTRY_BYTES + entry.all_bytes, sink.access.tenant.name)
         return entry
 
     def disconnect(self, sink: Sink) -> None:
@@ -121,6 +137,24 @@ class Attachments:
             entry = entries[stream_id] = Attached()
         self._expiry.add((sink, stream_id))
         return entry
+
+    def _image(self, entry: Attached, number: int, num_bytes: int) -> Attached:
+        """The image that so many bytes are of: the last that has some, or the next. Raises InvalidRequest for any
+        other, and for more images or bytes than a request may have."""
+        images, config = entry.images, self._config
+        if number not in (len(images) - 1, len(images)) or number < 0:
+            limit = f"{len(images)}" if not images else f"{len(images) - 1} or {len(images)}"
+            what = f"bytes of image {number} are attached out of order, allowed: {limit}"
+            raise InvalidRequest(what, field="image", limit=limit, value=number)
+        if number >= config.max_images:
+            what = f"image {number} is attached, allowed: {config.max_images} images (max_images)"
+            raise InvalidRequest(what, field="image", limit=config.max_images, value=number + 1)
+        part = images[number] if number < len(images) else Attached()
+        if (size := part.num_bytes + num_bytes) > config.max_image_bytes:
+            what = f"images[{number}] has {size} bytes or more, allowed: {config.max_image_bytes} (max_image_bytes)"
+            limit = f"{config.max_image_bytes} bytes"
+            raise InvalidRequest(what, field=f"images[{number}]", limit=limit, value=size)
+        return part
 
     def _expire(self, place: tuple[Sink, int]) -> None:
         sink, stream_id = place

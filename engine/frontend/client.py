@@ -155,6 +155,7 @@ class Client:
         Exactly one of `text`, `messages`, `token_ids`. Other keywords are the fields of `messages.Generate` and of
         SamplingParams (`max_tokens`, `temperature`, `seed`, `stop`, ...), on top of `sampling` if that is given;
         messages, tools and calls may also have the fields that OpenAI's and Mistral's interfaces give them.
+        `images`: the bytes of files, for the parts {"type": "image"} of messages in order.
         `caller_id` and `traceparent` are the caller's own names of it, for the logs of a server that takes them.
         Raises InvalidRequest for an unknown keyword, for what no message can carry and for what the server's limits
         refuse, FrameTooLarge for more than it reads, Overloaded for one request too many; the server's own refusals

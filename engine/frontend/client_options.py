@@ -64,6 +64,7 @@ class GenerateArguments(TypedDict, total=False):
     parallel_tool_calls: bool
     suffix: str | None
     grammar: Grammar | Mapping[str, Any] | None
+    images: bytes | Iterable[bytes]
     reasoning_effort: str | None
     priority: SupportsIndex
     deadline_s: SupportsFloat | None

@@ -91,6 +91,13 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 8 * 1024 * 1024
     max_turns: Annotated[int, Meta(ge=1, description="turns of a chat, and tool calls in it")] = 4096
     max_samples: Annotated[int, Meta(ge=1, description="largest n")] = 16
+    max_images: Annotated[int, Meta(ge=0, description="images of a request")] = 16
+    max_image_bytes: Annotated[int, Meta(ge=1, description="bytes of an image's file")] = 20 * 1024 * 1024
+    max_image_pixels: Annotated[
+        int,
+        Meta(ge=1, le=178_000_000, description="pixels of an image, by its header, checked before it is decoded"),
+    ] = 50_000_000  # Pillow takes none beyond the bound
+    max_image_tokens: Annotated[int, Meta(ge=1, description="tokens of all images of a request")] = 16_384
     max_stop_strings: Annotated[int, Meta(ge=0, description="stop strings of a request")] = 16
     max_stop_chars: Annotated[int, Meta(ge=0, description="length of a stop string, characters")] = 256
     max_stop_token_ids: Annotated[int, Meta(ge=0, description="stop token ids of a request")] = 64

@@ -100,7 +100,7 @@ def _prefix(turn: ChatMessage, field: str, *, is_last: bool) -> None:
 def _thoughts(turn: ChatMessage, field: str) -> None:
     for number, chunk in enumerate(turn.content):
         if not isinstance(chunk, ThinkingChunk):
-            continue
+            continue  # images: image_parts.py
         place = f"{field}.content[{number}]"
         if turn.role not in THINKERS:
             raise _misplaced(place, f"a turn of the role {' or '.join(THINKERS)}", turn.role, "a thought")

@@ -33,6 +33,7 @@ from cierzo.engine.frontend.child import (
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.flights import Flights
 from cierzo.engine.frontend.frames import FrameSplitter, pack
+from cierzo.engine.frontend.pixel_queue import PixelQueue
 from cierzo.engine.frontend.restarts import Restarts
 from cierzo.engine.frontend.watch import LOOK_S, Verdict, Watch, process_state
 from cierzo.engine.messages import CoreCommand, CoreError, CoreEvent, Ready, Shutdown, StepOutput, Vocabulary
@@ -85,10 +86,15 @@ class _Pipe(asyncio.Protocol):
         self._on_step = on_step
         self._splitter = FrameSplitter(MAX_CHILD_FRAME_BYTES)
         self._unsent: list[CoreCommand] = []
+        self._pixels = PixelQueue()
+        self._is_full = False  # the socket takes nothing for now: pixels wait, and nothing else
 
     def send(self, command: CoreCommand) -> None:
         """Write a command, together with others of this turn of the loop: a write takes as long as all else that a
         request needs here."""
+        if self._pixels.takes(command):
+            asyncio.get_running_loop().call_soon(self._write_pixels)
+            return
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(command)
@@ -99,6 +105,27 @@ class _Pipe(asyncio.Protocol):
         unsent, self._unsent = self._unsent, []
         if unsent and self.transport is not None and not self.lost.done():
             self.transport.write(pack(unsent))
+
+    def _write_pixels(self) -> None:
+        """Write what of the pixels, and the requests behind them, the socket takes and a turn of the loop may
+        have."""
+        if self.transport is None or self.lost.done() or self._is_full:
+            return
+        for command in self._pixels.turn():
+            self.transport.write(pack([command]))
+            if self._is_full:
+                return
+        if not self._pixels.is_empty:
+            asyncio.get_running_loop().call_soon(self._write_pixels)
+
+    def pause_writing(self) -> None:
+        """The socket is full."""
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        """The socket takes more."""
+        self._is_full = False
+        self._write_pixels()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self.transport is not None:  # the path is private, so this is a bug; the first one stays

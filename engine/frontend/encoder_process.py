@@ -63,7 +63,8 @@ def run(socket_path: str) -> int:
             job = msgspec.msgpack.decode(_read(incoming), type=Job)
             body = _read(incoming)
             attached = _read(incoming) if job.has_attached else None
-            _write(connection, encoder.answer(job, body, attached))
+            images = [_read(incoming) for _ in range(job.num_images)]
+            _write(connection, encoder.answer(job, body, attached, images))
     return 0
 
 

@@ -32,7 +32,7 @@ from cierzo.engine.frontend.child import (
     wait_for_news,
 )
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import COMPILE, Answer, Compiled, Encoded, Job, Loaded, Setup, packed
+from cierzo.engine.frontend.encoding import COMPILE, Answer, Arriving, Compiled, Encoded, Job, Loaded, Setup
 from cierzo.engine.frontend.failures import error_of
 from cierzo.engine.frontend.frames import LENGTH_BYTES, Buffer, FrameSplitter, pack
 from cierzo.engine.frontend.job_queue import JobQueue
@@ -44,6 +44,7 @@ from cierzo.engine.messages import Detokenized, Failure, Tokenized, Worded
 log = logging.getLogger(__name__)
 
 SHORT_BYTES = 256 * 1024  # what the process for short jobs takes
+IMAGE_BYTES = 512 * 1024  # an image takes as long as so much text, and the process for short jobs takes none
 AGEING_BYTES_PER_S = 1024 * 1024.0  # a job that waits a second is as good as one so much shorter
 LONGEST_JOB_S = 300.0  # past any deadline that a client may set: a template can run in circles
 GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
@@ -76,7 +77,13 @@ class Encoder(Protocol):
     budget: ByteBudget
 
     def submit(
-        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float, tenant: str = DEFAULT
+        self,
+        job: Job,
+        body: Buffer,
+        attached: Sequence[Buffer],
+        deadline_at_s: float,
+        tenant: str = DEFAULT,
+        images: Sequence[Sequence[Buffer]] = (),
     ) -> asyncio.Future[Encoded]:
         """Have a request encoded; the future's `submit` has its prompt packed. Cancel it to drop the job.
 
@@ -134,7 +141,7 @@ class _Pipe(asyncio.Protocol):
         self._on_lost = on_lost
         self._splitter = FrameSplitter(MAX_CHILD_FRAME_BYTES)
         self._answer: asyncio.Future[Outcome] | None = None
-        self._encoded: Encoded | None = None  # its ids come next
+        self._arriving: Arriving | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -142,14 +149,14 @@ class _Pipe(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for body in self._splitter.feed(data):
-            if self._encoded is not None:
-                encoded, self._encoded = self._encoded, None
-                submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=packed(bytes(body)))
-                self._say(msgspec.structs.replace(encoded, submit=submit))
+            if self._arriving is not None:
+                if (whole := self._arriving.take(body)) is not None:
+                    self._arriving = None
+                    self._say(whole)
                 continue
             match _decode(body):
                 case Encoded() as encoded:
-                    self._encoded = encoded
+                    self._arriving = Arriving(encoded)
                 case Tokenized() | Detokenized() | Compiled() as answer:
                     self._say(answer)
                 case Failure() as refused if self.loaded.done():
@@ -243,16 +250,28 @@ class Encoders:
             self._over(ticket)
 
     def submit(
-        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float, tenant: str = DEFAULT
+        self,
+        job: Job,
+        body: Buffer,
+        attached: Sequence[Buffer],
+        deadline_at_s: float,
+        tenant: str = DEFAULT,
+        images: Sequence[Sequence[Buffer]] = (),
     ) -> asyncio.Future[Encoded]:
         """Queue a job. Raises Overloaded."""
         now, loop = self._clock(), asyncio.get_running_loop()
-        num_bytes = len(body) + sum(map(len, attached))
+        num_bytes = len(body) + sum(len(piece) for pieces in (attached, *images) for piece in pieces)
         self.budget.take(num_bytes, tenant)
         compiles = job.method == COMPILE
-        length = 1 if compiles else num_bytes  # how long a grammar takes, its length does not tell
+        # How long a grammar takes, its length does not tell; of an image, even a short file.
+        length = 1 if compiles else num_bytes + IMAGE_BYTES * len(images)
         ticket = _Ticket(
-            [[msgspec.msgpack.encode(job)], [body], *([[*attached]] if job.has_attached else [])],
+            [
+                [msgspec.msgpack.encode(job)],
+                [body],
+                *([[*attached]] if job.has_attached else []),
+                *map(list, images),
+            ],
             length,
             num_bytes,
             length + AGEING_BYTES_PER_S * now,

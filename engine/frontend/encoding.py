@@ -1,20 +1,21 @@
 """The work of an encoder process: a request is decoded, checked, rendered and encoded; and the words for it.
 
-The front end sends a `Job`, the bytes of the `generate` message and, if the prompt was attached, those; the answer
-is a `Failure`, or an `Encoded` and the prompt's token ids. Each is a frame, the ids as one MessagePack list: they
-go on to the core as they are, and the front end never looks at them.
+The front end sends a `Job`, the bytes of the `generate` message and, if prompt or images were attached, those; the
+answer is a `Failure`, or an `Encoded`, the prompt's token ids, and of each image its pixels, in pieces. Each is a
+frame, the ids as one MessagePack list: they go on to the core as they are, and the front end never looks at them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 import msgspec
 
 from cierzo.engine.errors import CierzoError, InvalidRequest, ProtocolError
-from cierzo.engine.frontend import validate, wire_checks
+from cierzo.engine.frontend import image_parts, validate, wire_checks
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.failures import failure
 from cierzo.engine.frontend.frames import UNDECODABLE
@@ -33,6 +34,7 @@ _decode_attached = {
     "token_ids": msgspec.msgpack.Decoder(list[int]).decode,
 }
 _encode = msgspec.msgpack.Encoder().encode
+PIECE_BYTES = 128 * 1024  # of pixels, in a frame
 COMPILE = "compile"  # a job's method
 
 
@@ -53,6 +55,7 @@ class Loaded(Message, frozen=True, tag="loaded"):
 
 class Job(Message, frozen=True):
     """A request to encode. `stream` is what its beginning named; `features` are those of its connection.
+    `num_images`: files of images that were attached; `was_refused`: some were, and the client has heard so.
     `method`: the type of the message; of another than "generate" the answer is the one that its client gets, but of
     COMPILE, whose body is a grammar, Compiled."""
 
@@ -60,6 +63,8 @@ class Job(Message, frozen=True):
     features: list[str]
     has_attached: bool
     method: str = "generate"
+    num_images: int = 0
+    was_refused: bool = False
 
 
 class Compiled(Message, frozen=True, tag="compiled"):
@@ -67,13 +72,14 @@ class Compiled(Message, frozen=True, tag="compiled"):
 
 
 class Encoded(Message, frozen=True, tag="encoded"):
-    """A request that is valid. `message` lacks its prompt, `submit` too, and its seed if the client gave none.
+    """A request that is valid. `message` lacks its prompt, `submit` too, and its images' pixels, and its seed if
+    the client gave none.
 
     in_thinking: the prompt ends within a thought. calls: how many the answer may hold. tail: `Detokenizer.tail` of
     the output tokens; where the answer comes in parts, instead `states` of their reader, after each STATE_TOKENS of
     them and after all.
     content: `digest` of the whole message, if it has an idempotency key. grammar_field: the field that the grammar
-    of `submit` is from.
+    of `submit` is from. pixel_bytes: of each image, those that come behind the ids.
     """
 
     message: Generate
@@ -85,6 +91,7 @@ class Encoded(Message, frozen=True, tag="encoded"):
     in_thinking: bool = False
     calls: CallLimit = "many"
     grammar_field: str = ""
+    pixel_bytes: list[int] = msgspec.field(default_factory=list)
 
 
 Answer = Loaded | Compiled | Encoded | Worded | Failure
@@ -104,13 +111,15 @@ class RequestEncoder:
         """Made with the first grammar: the bytes of all tokens take a process of its own half a second to find."""
         return writer_of(self._prompts, self._model)
 
-    def answer(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> list[bytes]:
+    def answer(
+        self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None, images: Sequence[bytes] = ()
+    ) -> list[bytes]:
         """The frames of the answer. Never raises."""
         try:
             if job.method != "generate":
                 return [_encode(self.word(job, body))]
-            encoded, token_ids = self.encode_job(job, body, attached)
-            return [_encode(encoded), token_ids]
+            encoded, token_ids, pixels = self.encode_job(job, body, attached, images)
+            return [_encode(encoded), token_ids, *(piece for each in pixels for piece in _pieces(each))]
         except CierzoError as error:
             return [_encode(failure(job.stream, error))]
         except Exception as error:
@@ -131,7 +140,7 @@ class RequestEncoder:
         """Encode a decoded message whose fields are checked; the ids lie in `submit`. apart: its answer is to come
         in parts. Raises InvalidRequest."""
         prompts, model = self._prompts, self._model
-        prompt = prompts.encode(message, model.max_model_len)
+        prompt = prompts.encode(message, model.max_model_len, image_parts.images_of(message, self._config, model))
         submit = validate.request(
             message,
             prompt.token_ids,
@@ -140,6 +149,7 @@ class RequestEncoder:
             model,
             prompts.special_ids,
             image_token_ids=prompts.image_token_ids,
+            images=prompt.images,
         )
         submit = prompts.masked(submit, message, model, in_thinking=prompt.in_thinking)
         calls, field = prompts.call_limit(message), ""
@@ -184,19 +194,24 @@ class RequestEncoder:
         return [] if isinstance(reader, PartsReader) else reader.tail(brought, len(brought)), states
 
     def encode_job(
-        self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None
-    ) -> tuple[Encoded, bytes]:
-        """Encode a message as it came, with what was attached; the prompt's ids are apart. Raises CierzoError."""
-        message = self._message(job, body, attached)
-        prompts = self._prompts
+        self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None, images: Sequence[bytes] = ()
+    ) -> tuple[Encoded, bytes, list[bytes]]:
+        """Encode a message as it came, with what was attached; the prompt's ids and the images' pixels are apart.
+        Raises CierzoError."""
+        message, prompts = _with_images(self._message(job, body, attached), images, job), self._prompts
         validate.fields(message, self._config, self._model, prompts.special_ids, efforts=prompts.efforts)
         encoded = self.encode(message, apart="parts" in job.features)
         nothing: dict[str, Any] = dict.fromkeys(("text", "messages", "token_ids", "attached", "suffix"))
-        bare = msgspec.structs.replace(message, **nothing, output_token_ids=[], tools=[], grammar=None)
-        submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=[])
+        bare = msgspec.structs.replace(message, **nothing, output_token_ids=[], tools=[], grammar=None, images=[])
+        found = encoded.submit.images
+        shapes = [msgspec.structs.replace(image, pixels=b"") for image in found]
+        submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=[], images=shapes)
         return (
-            msgspec.structs.replace(encoded, message=bare, submit=submit),
+            msgspec.structs.replace(
+                encoded, message=bare, submit=submit, pixel_bytes=[len(image.pixels) for image in found]
+            ),
             _encode(encoded.submit.prompt_token_ids),
+            [image.pixels for image in found],
         )
 
     def _message(self, job: Job, body: bytes | bytearray, attached: bytes | bytearray | None) -> Generate:
@@ -236,6 +251,16 @@ class RequestEncoder:
             )
 
 
+def _with_images(message: Generate, images: Sequence[bytes], job: Job) -> Generate:
+    """The message with the images that were attached. Raises InvalidRequest where it has some of its own, and where
+    one was refused."""
+    if job.was_refused and image_parts.lacks_files(message):
+        raise InvalidRequest("an image that was attached was refused", field="attached")
+    if images and message.images:
+        raise image_parts.twice(len(images), len(message.images))
+    return msgspec.structs.replace(message, images=[*images]) if images else message
+
+
 def _once(stream_id: int, job: Job) -> None:
     """Refuse a message that turns out to be of another stream than its beginning said."""
     if stream_id != job.stream:
@@ -250,6 +275,41 @@ def digest(message: Generate) -> bytes:
     named: dict[str, Any] = {"idempotency_key": None, "caller_id": "", "traceparent": ""}
     content = msgspec.structs.replace(message, stream=0, deadline_s=None, sampling=params, **named)
     return hashlib.blake2b(_encode(content), digest_size=16).digest()
+
+
+def joined(encoded: Encoded, token_ids: bytes, pixels: Sequence[bytes | bytearray]) -> Encoded:
+    """A request with what came behind it: its prompt's ids, and the pixels of each image."""
+    images = [
+        msgspec.structs.replace(image, pixels=cast("bytes", own))
+        for image, own in zip(encoded.submit.images, pixels, strict=True)
+    ]
+    submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=packed(token_ids), images=images)
+    return msgspec.structs.replace(encoded, submit=submit)
+
+
+class Arriving:
+    """An answer of which more frames come."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self._encoded = encoded
+        self._token_ids: bytes | None = None
+        self._pixels = [bytearray() for _ in encoded.pixel_bytes]
+        self._number = 0  # of the image that comes
+
+    def take(self, frame: memoryview) -> Encoded | None:
+        """Take the next frame; the whole answer, if it was the last. Pixels are megabytes, and grow in place."""
+        sizes = self._encoded.pixel_bytes
+        if self._token_ids is None:
+            self._token_ids = bytes(frame)
+        else:
+            self._pixels[self._number] += frame
+            self._number += len(self._pixels[self._number]) == sizes[self._number]
+        return joined(self._encoded, self._token_ids, self._pixels) if self._number == len(sizes) else None
+
+
+def _pieces(pixels: bytes) -> Iterator[bytes]:
+    """Pixels in frames that no loop is held up by."""
+    return (pixels[start : start + PIECE_BYTES] for start in range(0, len(pixels), PIECE_BYTES))
 
 
 def packed(token_ids: bytes) -> list[int]:

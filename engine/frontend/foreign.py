@@ -78,9 +78,11 @@ def _chunk(value: Any, field: str) -> Any:
     if not isinstance(value, dict):
         return value
     fields, kind = _given(value), value.get("type")
+    if kind == "image_url":
+        return _image(fields, field)
     if kind not in CHUNKS:
         raise InvalidRequest(
-            f"{field} is of type {kind!r}, allowed: {', '.join(CHUNKS)}; images and sounds are not taken",
+            f"{field} is of type {kind!r}, allowed: {', '.join(CHUNKS)}; sounds and documents are not taken",
             field=field,
             limit=", ".join(CHUNKS),
             value="left out" if kind is None else shown(kind),
@@ -89,6 +91,17 @@ def _chunk(value: Any, field: str) -> Any:
         texts = [text for each in thoughts if isinstance(each, dict) and isinstance(text := each.get("text"), str)]
         fields["thinking"] = "".join(texts) if len(texts) == len(thoughts) else thoughts
     return fields
+
+
+def _image(fields: dict[Any, Any], field: str) -> Any:
+    """An image as OpenAI's interface has it, an object with a URL, or as Mistral's, the URL alone."""
+    given = fields.pop("image_url", None)
+    inner = _given(given) if isinstance(given, dict) else {"url": given}
+    inner.pop("detail", None)  # images have the size that the model takes
+    if not isinstance(inner.get("url"), str):
+        told = shown(inner.get("url"))
+        raise InvalidRequest(f"{field}.image_url has no url", field=f"{field}.image_url", limit="a URL", value=told)
+    return {**fields, **inner, "type": "image"}
 
 
 def _given(fields: dict[Any, Any]) -> dict[Any, Any]:

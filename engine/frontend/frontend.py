@@ -148,9 +148,9 @@ class Frontend:
         self.words.writable(sink)
         self.outlets.writable(sink)
 
-    def attach(self, sink: Sink, stream_id: int, data: Buffer) -> None:
+    def attach(self, sink: Sink, stream_id: int, data: Buffer, image: int | None = None) -> None:
         """Append bytes to what the next `generate` of this stream says they are. Raises CierzoError."""
-        self._arrivals.attach(sink, stream_id, data)
+        self._arrivals.attach(sink, stream_id, data, image)
 
     def generate(self, sink: Sink, message: Generate) -> None:
         """Accept a request, or join the one that its idempotency key names, or raise the CierzoError that says why

@@ -1,4 +1,5 @@
-"""The heap that all answers take together, within `max_kept_bytes`: those that run, wait, or are kept.
+"""The heap that all answers take together, within `max_kept_bytes`: those that run, wait, or are kept; and the
+pixels of images, which are kept until their request ends, as a new core gets them again.
 
 What is given up first costs least: answers that have ended are forgotten (`Keeper`); from three quarters of the
 limit on, requests are refused, and answers that can be resumed lose log-probabilities that were sent; at the limit
@@ -51,6 +52,7 @@ class Heap:
         self._kept = kept
         self._overflow = overflow
         self._held: dict[Stream, int] = {}
+        self._pixels: dict[Stream, int] = {}
         self._look_at = self._soft
         self._cutting: list[Stream] = []  # the largest last
         self._busy = False
@@ -74,6 +76,26 @@ class Heap:
             self._busy = True
             self._cutting = sorted(self._held, key=self._held.__getitem__)
             self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def hold(self, stream: Stream, num_bytes: int) -> None:
+        """Make room for the images of a stream that begins. Raises Overloaded if there is none; a tenant that has
+        no more than its part then is not refused for what others take, up to the limit."""
+        tenant, after = stream.tenant, self.num_bytes + num_bytes
+        self._pool.add(tenant.name, num_bytes)
+        if after > (self._soft if self._pool.has_more_than_its_part(tenant.name) else self._limit):
+            self._pool.add(tenant.name, -num_bytes)
+            raise self._error(f"there is no room for {num_bytes} bytes of images", tenant)
+        self.num_bytes = after
+        self._pixels[stream] = num_bytes
+        self.fit()
+
+    def let_go(self, stream: Stream) -> None:
+        """A stream's images are not needed any more."""
+        num_bytes = self._pixels.pop(stream, 0)
+        if not num_bytes:
+            return
+        self.num_bytes -= num_bytes
+        self._pool.add(stream.tenant.name, -num_bytes)
 
     def fit(self) -> None:
         """Have ended answers forgotten to make room for the others."""

@@ -103,7 +103,9 @@ class Methods:
             self._frontend.fail(sink, stream_id, error)
 
     def _attach(self, sink: Sink, message: Attach) -> None:
-        self._frontend.attach(sink, message.stream, message.data)
+        if message.image is not None:
+            require_feature(sink.features, "images", "image", "image", message.image)
+        self._frontend.attach(sink, message.stream, message.data, message.image)
 
     def _generate(self, sink: Sink, message: Generate) -> None:
         try:
@@ -155,6 +157,7 @@ class Methods:
 
     def _model(self, sink: Sink, message: GetModel) -> None:
         model = msgspec.structs.replace(self._frontend.model, stream=message.stream)
+        model = model if "images" in sink.features else msgspec.structs.replace(model, vision=None)
         sink.put(model if "parts" in sink.features else without_parts(model))
 
     def _tokenizer(self, sink: Sink, message: GetTokenizer) -> None:

@@ -55,6 +55,7 @@ class LargeAttach(Message, frozen=True, tag="attach"):
 
     stream: int
     data: memoryview
+    image: int | None = None
 
 
 _decode = msgspec.msgpack.Decoder(ClientMessage).decode
@@ -126,15 +127,17 @@ def receive_large(sink: Sink, methods: Methods, frontend: Frontend, frame: Large
         methods.generate_large(sink, found.stream, frame.body, seconds_of(found.deadline_s))
     elif found.type == "attach":
         try:
-            data = _decode_attach(frame.body).data
+            attach = _decode_attach(frame.body)
         except UNDECODABLE as error:
             frontend.fail(sink, found.stream, undecodable(error, frame.body), attaching=True)
             return
+        data = attach.data
         if len(frame.body) - len(data) > PREFIX_BYTES:  # what is kept would be more than what is charged
             twice = InvalidRequest("data is named twice", field="data", limit="once")
             frontend.fail(sink, found.stream, twice, attaching=True)
             return
-        _dispatch(sink, methods, frontend, Attach(stream=found.stream, data=cast("bytes", data)))
+        message = Attach(stream=found.stream, data=cast("bytes", data), image=attach.image)
+        _dispatch(sink, methods, frontend, message)
     elif found.type in DECODERS:
         methods.words_large(sink, found.stream, found.type, frame.body)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from cierzo.engine.errors import FrameTooLarge, InvalidRequest
@@ -29,6 +31,11 @@ def check_request(message: Generate, welcome: Welcome) -> None:
     features(message, welcome.features)
     if message.sampling.n > limits.max_samples:
         _refuse("sampling.n", message.sampling.n, "max_samples", limits.max_samples)
+    if len(message.images) > limits.max_images:
+        _refuse("images", len(message.images), "max_images", limits.max_images)
+    for number, file in enumerate(message.images):
+        if len(file) > limits.max_image_bytes:
+            _refuse(f"images[{number}]", len(file), "max_image_bytes", limits.max_image_bytes)
     if message.token_ids is not None:
         num_tokens = len(message.token_ids) + len(message.output_token_ids)
         if num_tokens >= limits.max_model_len:
@@ -51,24 +58,41 @@ def frame_of(message: Message, limits: Limits) -> bytearray:
 
 
 def request_frames(message: Generate, welcome: Welcome) -> bytearray:
-    """The frames of a request: one, or, if its prompt is too long for that, attached parts before it.
+    """The frames of a request: one, or, if it is too long for that, attached parts before it: its images, and, if
+    it is still too long, its prompt.
 
     Raises FrameTooLarge for one that cannot be sent.
     """
     limits = welcome.limits
+    attached: list[tuple[int | None, bytes]] = []
     try:
         return frame_of(message, limits)
     except FrameTooLarge:
-        field = next((name for name in ATTACHABLE if getattr(message, name) is not None), None)
-        if "attach" not in welcome.features or field is None:
+        if "attach" not in welcome.features:
             raise
-    data = _encode(getattr(message, field))
-    if len(data) > (limit := limits.max_attached_bytes):
-        raise _too_large(f"{field} is {len(data)} bytes long", "max_attached_bytes", limit, len(data))
-    last = frame_of(msgspec.structs.replace(message, **{field: None}, attached=field), limits)
-    step = limits.max_frame_bytes - ATTACH_BYTES
-    parts = (Attach(stream=message.stream, data=data[at : at + step]) for at in range(0, len(data), step))
-    return pack(parts) + last
+    if message.images:
+        attached += enumerate(message.images)
+        message = msgspec.structs.replace(message, images=[])
+    try:
+        last = frame_of(message, limits)
+    except FrameTooLarge:
+        field = next((name for name in ATTACHABLE if getattr(message, name) is not None), None)
+        if field is None:
+            raise
+        attached.append((None, _encode(getattr(message, field))))
+        last = frame_of(msgspec.structs.replace(message, **{field: None}, attached=field), limits)
+    num_bytes = sum(len(data) for _, data in attached)
+    if num_bytes > (limit := limits.max_attached_bytes):
+        what = "images and prompt are" if attached[0][0] is not None else f"{field} is"
+        raise _too_large(f"{what} {num_bytes} bytes long", "max_attached_bytes", limit, num_bytes)
+    return pack(_parts(message.stream, attached, limits.max_frame_bytes - ATTACH_BYTES)) + last
+
+
+def _parts(stream: int, attached: list[tuple[int | None, bytes]], step: int) -> Iterator[Attach]:
+    """Messages that attach these, in pieces of at most `step` bytes: images by their number, a prompt without."""
+    for image, data in attached:
+        for at in range(0, max(len(data), 1), step):
+            yield Attach(stream=stream, data=data[at : at + step], image=image)
 
 
 def _too_large(what: str, name: str, limit: int, size: int) -> FrameTooLarge:

@@ -40,7 +40,12 @@ from cierzo.engine.messages import FEATURES, OLDEST_VERSION, PROTOCOL_VERSION, L
 
 log = logging.getLogger(__name__)
 
-LIMIT_OF_FEATURE = {"attach": "max_attached_bytes", "credit": "stream_credit_bytes", "keepalive": "keepalive_s"}
+FEATURE_OF_LIMIT = {
+    "max_attached_bytes": "attach",
+    "stream_credit_bytes": "credit",
+    "keepalive_s": "keepalive",
+    **dict.fromkeys(("max_images", "max_image_bytes", "max_image_pixels", "max_image_tokens"), "images"),
+}
 MAX_REFUSED = 16  # connections past `max_connections` that may linger: each has a descriptor
 
 
@@ -439,7 +444,7 @@ class RpcServer:
             max_model_len=model.max_model_len,
             max_samples=config.max_samples,
         )
-        told = {name: getattr(config, name) for feature, name in LIMIT_OF_FEATURE.items() if feature in features}
+        told = {name: getattr(config, name) for name, feature in FEATURE_OF_LIMIT.items() if feature in features}
         return Welcome(
             version=version,
             server=f"cierzo {__version__}",

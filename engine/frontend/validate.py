@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping, Sequence
 import msgspec
 
 from cierzo.engine.errors import InvalidRequest
+from cierzo.engine.frontend import image_parts
 from cierzo.engine.frontend.bounds import count as _count
 from cierzo.engine.frontend.bounds import one_of, shown
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.conversation import conversation
 from cierzo.engine.frontend.wire_checks import ATTACHABLE
-from cierzo.engine.messages import Generate, ModelInfo, SamplingParams, Submit
+from cierzo.engine.messages import Generate, ModelInfo, PromptImage, SamplingParams, Submit
+from cierzo.engine.text.image_tokens import unpaired
 
 MAX_SEED = 2**63 - 1
 SEED_BITS = 53  # of seeds drawn for clients: they survive those whose numbers are doubles
@@ -35,14 +37,16 @@ def fields(
     special_ids: Mapping[str, int] = {},
     *,
     efforts: Sequence[str] | None = None,
+    num_attached: int = 0,
 ) -> None:
     """Check everything but the prompt's tokens: cheap, and before a long text is encoded. Raises InvalidRequest.
 
     special_ids: the tokenizer's special tokens, by how they are spelled. efforts: what `reasoning_effort` may say;
-    None: only its chat can tell.
+    None: only its chat can tell. num_attached: files of images that came before the message.
     """
     _prompts_given(message)
     conversation(message, config, efforts)
+    image_parts.check(message, config, model, num_attached)
     _sampling(message.sampling, config, model)
     if message.sampling.stop:
         _stop_strings(message.sampling.stop, config, model, special_ids)
@@ -66,6 +70,7 @@ def request(
     special_ids: Mapping[str, int] = {},
     *,
     image_token_ids: Collection[int] = (),
+    images: Sequence[PromptImage] = (),
 ) -> Submit:
     """The `Submit` of a message that passed `fields`, without its times.
 
@@ -73,7 +78,7 @@ def request(
     stop tokens to the core, which finds no text in them.
 
     Raises InvalidRequest if the prompt is empty, too long, has ids outside the vocabulary, or, sent as ids, one
-    that stands for an image, as none came with it.
+    that stands for an image, where none came with it.
     """
     source = "token_ids" if message.token_ids is not None else "text" if message.text is not None else "messages"
     if not prompt_token_ids:
@@ -88,7 +93,7 @@ def request(
             value=len(prompt_token_ids),
         )
     token_ids(source, prompt_token_ids, model.vocab_size)
-    if message.token_ids is not None:
+    if message.token_ids is not None and not images:
         _no_images(prompt_token_ids, image_token_ids)
     params = message.sampling
     if params.max_tokens > room or params.seed != seed:
@@ -103,6 +108,7 @@ def request(
         sampling=params,
         output_token_ids=message.output_token_ids,
         priority=message.priority,
+        images=[*images],
     )
 
 
@@ -283,10 +289,4 @@ def token_ids(field: str, token_ids: Sequence[int] | dict[int, float], vocab_siz
 def _no_images(token_ids: list[int], image_token_ids: Collection[int]) -> None:
     for token_id in image_token_ids:
         if token_id in token_ids:
-            place = token_ids.index(token_id)
-            raise InvalidRequest(
-                f"token_ids[{place}] is {token_id}, which stands for an image, and no image came with it",
-                field="token_ids",
-                limit="no image tokens",
-                value=token_id,
-            )
+            raise unpaired(token_ids.index(token_id), token_id)

@@ -12,13 +12,14 @@ import msgspec
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.frontend.absent import absent
 from cierzo.engine.frontend.bounds import missing, shown, too_deep
-from cierzo.engine.messages import Generate, GrammarKind, SamplingParams
+from cierzo.engine.messages import ChatMessage, Generate, GrammarKind, ImageChunk, SamplingParams
 
 # Fields of `generate`, and of its `sampling`, that belong to a feature.
 FEATURE_OF_FIELD = {
     "attached": "attach",
     "grammar": "grammars",
     "idempotency_key": "resume",
+    "images": "images",
     **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "suffix"), "parts"),
     **dict.fromkeys(("caller_id", "traceparent"), "trace"),
 }
@@ -30,7 +31,7 @@ FEATURE_OF_PARAMETER = {
 _fields, _parameters = attrgetter(*FEATURE_OF_FIELD), attrgetter(*FEATURE_OF_PARAMETER)
 _PLAIN, _PLAIN_PARAMETERS = _fields(Generate(stream=0)), _parameters(SamplingParams())
 ATTACHABLE = ("text", "messages", "token_ids")
-CHUNKS = ("text", "thinking")
+CHUNKS = ("text", "thinking", "image")
 MAX_PIECES = 65_536  # tokens whose bytes are told at a time
 MAX_READ_AGAIN_BYTES = 64 * 1024  # of a message that is refused, for the value that was wrong in it
 
@@ -40,7 +41,8 @@ def features(message: Generate, granted: Collection[str]) -> None:
     if (values := _fields(message)) != _PLAIN:
         for (field, feature), value, plain in zip(FEATURE_OF_FIELD.items(), values, _PLAIN, strict=True):
             if value != plain:
-                told = "given" if field == "idempotency_key" else shown(value)  # a key is a secret
+                is_private = field in ("idempotency_key", "images")  # a key is a secret, a file long
+                told = "given" if is_private else shown(value)
                 require_feature(granted, feature, field, field, told)
         _strict(message, granted)
     for index, turn in enumerate(message.messages or ()):
@@ -48,11 +50,20 @@ def features(message: Generate, granted: Collection[str]) -> None:
             field = "prefix" if turn.prefix else "name" if turn.name else "content"
             told = "a list" if field == "content" else getattr(turn, field)
             require_feature(granted, "parts", field, f"messages[{index}].{field}", told)
+            _sees(turn, f"messages[{index}].content", granted)
     if (values := _parameters(message.sampling)) != _PLAIN_PARAMETERS:
         rows = zip(FEATURE_OF_PARAMETER.items(), values, _PLAIN_PARAMETERS, strict=True)
         for (field, feature), value, plain in rows:
             if value != plain:
                 require_feature(granted, feature, field, f"sampling.{field}", shown(value))
+
+
+def _sees(turn: ChatMessage, field: str, granted: Collection[str]) -> None:
+    """Raise InvalidRequest for an image without the feature for that."""
+    if "images" not in granted and not isinstance(turn.content, str):
+        for index, chunk in enumerate(turn.content):
+            if isinstance(chunk, ImageChunk):
+                require_feature(granted, "images", "an image", f"{field}[{index}]")
 
 
 def _strict(message: Generate, granted: Collection[str]) -> None:

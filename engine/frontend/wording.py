@@ -11,6 +11,7 @@ from cierzo.engine.frontend import validate
 from cierzo.engine.frontend.bounds import count
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.frontend.frames import Buffer
+from cierzo.engine.frontend.image_parts import images_of
 from cierzo.engine.frontend.wire_checks import MAX_PIECES
 from cierzo.engine.messages import (
     Detokenize,
@@ -94,7 +95,8 @@ class Wording:
                     what = f"{field} is of a text: a conversation has the tokens that its template gives it"
                     raise InvalidRequest(what, field=field, limit="with text", value=value)
             # not `prompts.encode`, which another class may have changed: nothing is to be generated
-            return PromptEncoder.encode(prompts, prompt, most).token_ids
+            images = images_of(prompt, self._config, self._model)
+            return PromptEncoder.encode(prompts, prompt, most, images).token_ids
         tokenizer = self._tokenizer("text")
         refuse_unfit(tokenizer, "text", message.text, most)
         if message.control_tokens:

@@ -73,6 +73,7 @@ def _model(house: House, name: str, found: ModelInfo) -> dict[str, Any]:
             "completion_chat": found.has_chat_template,
             "function_calling": found.marks_calls,
             "reasoning": found.marks_thinking,
+            "vision": found.vision is not None,
         },
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from cierzo.engine.frontend.bounds import count, missing, must_be
 from cierzo.engine.gateway.asked_grammar import read_choice, read_grammar
+from cierzo.engine.gateway.asked_images import read_image
 from cierzo.engine.gateway.field_rows import CALL, CALLS, CHAT, MESSAGE, PART_ROWS, PARTS, TOOL, TOOLS
 from cierzo.engine.gateway.fields import Sieve
 from cierzo.engine.gateway.reading import Asked, Body, Rules, entries, sequence
@@ -17,7 +18,7 @@ def read_chat(body: bytes, rules: Rules) -> Asked:
     turns = sequence(read.need("messages"), "messages")
     count("messages", turns, rules.max_turns)
     arguments = read.arguments
-    arguments["messages"] = [_turn(turn, place, read.sieve) for place, turn in entries(turns, "messages")]
+    arguments["messages"] = [_turn(turn, place, read) for place, turn in entries(turns, "messages")]
     arguments.setdefault("max_tokens", rules.model.max_model_len)
     if "tools" in read.given:
         tools = entries(read.given["tools"], "tools")
@@ -33,22 +34,27 @@ def read_chat(body: bytes, rules: Rules) -> Asked:
     return read.asked()
 
 
-def _turn(turn: Any, place: str, sieve: Sieve) -> dict[str, Any]:
+def _turn(turn: Any, place: str, read: Body) -> dict[str, Any]:
+    sieve = read.sieve
     fields = sieve.served(turn, MESSAGE, place)
     if fields.get("role") == "developer":
         fields["role"] = "system"
     if "content" not in turn and fields.get("role") != "assistant":
         raise missing(f"{place}.content")
     if isinstance(content := fields.get("content"), list):
-        fields["content"] = [_part(part, at, sieve) for at, part in entries(content, f"{place}.content")]
+        fields["content"] = [_part(part, at, read) for at, part in entries(content, f"{place}.content")]
     if "tool_calls" in fields:
         calls = entries(fields["tool_calls"], f"{place}.tool_calls")
         fields["tool_calls"] = [_call(call, at, sieve) for at, call in calls]
     return fields
 
 
-def _part(part: Any, place: str, sieve: Sieve) -> dict[str, Any]:
-    return sieve.served(part, PART_ROWS[sieve.kind(part, PARTS, place)], place)
+def _part(part: Any, place: str, read: Body) -> dict[str, Any]:
+    kind = read.sieve.kind(part, PARTS, place)
+    fields = read.sieve.served(part, PART_ROWS[kind], place)
+    if kind == "image_url":
+        return read_image(read, fields.get("image_url"), f"{place}.image_url", place)
+    return fields
 
 
 def _call(call: Any, place: str, sieve: Sieve) -> dict[str, Any]:

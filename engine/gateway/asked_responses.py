@@ -6,6 +6,7 @@ from typing import Any
 
 from cierzo.engine.frontend.bounds import count, missing, one_of, shown
 from cierzo.engine.gateway.asked_grammar import read_choice, read_grammar
+from cierzo.engine.gateway.asked_images import read_image
 from cierzo.engine.gateway.field_rows import (
     ITEM_ROWS,
     ITEMS,
@@ -79,6 +80,7 @@ class _Turns:
 
     def __init__(self, read: Body) -> None:
         self.turns: list[dict[str, Any]] = []
+        self._read = read
         self._sieve = read.sieve
         self._places = read.places
         self._places["messages"] = "input"
@@ -151,14 +153,19 @@ class _Turns:
         return turn if is_open else None
 
     def _content(self, fields: dict[str, Any], name: str, place: str) -> Any:
-        """The content of a turn: a text, or a list of parts that are texts."""
+        """The content of the next turn: a text, or a list of parts that are texts and images."""
         content, field = fields.get(name), f"{place}.{name}"
         if isinstance(content, str):
             return content
         if content is None:
             raise missing(field)
-        parts = []
+        parts: list[dict[str, Any]] = []
         for at, part in entries(content, field):
-            rows = RESPONSE_PART_ROWS[self._sieve.kind(part, RESPONSE_PARTS, at)]
-            parts.append({"type": "text", "text": text(at, self._sieve.served(part, rows, at), "text")})
+            kind = self._sieve.kind(part, RESPONSE_PARTS, at)
+            given = self._sieve.served(part, RESPONSE_PART_ROWS[kind], at)
+            if kind == "input_image":
+                name = f"messages[{len(self.turns)}].content[{len(parts)}]"
+                parts.append(read_image(self._read, given.get("image_url"), f"{at}.image_url", name))
+            else:
+                parts.append({"type": "text", "text": text(at, given, "text")})
         return parts

@@ -3,7 +3,7 @@ connection (`remote`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 import msgspec
@@ -78,9 +78,10 @@ class Backend(Protocol):
 class Packing(Protocol):
     """A backend that takes messages as they are packed: nobody in this process reads a long one."""
 
-    def generate_packed(self, message: bytes, deadline_s: float | None) -> Generation:
+    def generate_packed(self, message: bytes, deadline_s: float | None, images: Sequence[bytes] = ()) -> Generation:
         """Ask for an answer by the MessagePack of a `Generate`. Its stream is the number of such requests so far at
-        this backend, from 1. deadline_s: what it says of that."""
+        this backend, from 1. deadline_s: what it says of that; images: files for the parts of it that lack theirs.
+        Raises what there is no room for."""
         ...
 
 

@@ -31,12 +31,14 @@ LONG = ("text", "messages", "token_ids", "tools", "suffix", "grammar")  # fields
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request for one answer. arguments: of `Client.generate`, all of them, or, where `packed` is the message
-    that they make, those that are short. prompt_text: where it comes before the answer, and is a text."""
+    that they make, those that are short. prompt_text: where it comes before the answer, and is a text.
+    images: files that were fetched for it."""
 
     asked: Asked
     arguments: dict[str, Any]
     packed: bytes = b""
     prompt_text: str = ""
+    images: tuple[bytes, ...] = ()
 
     @property
     def num_samples(self) -> int:

@@ -36,6 +36,13 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     lenient: Annotated[
         bool, Meta(description="pass over request fields that are not known, and name them in a header")
     ] = False
+    allow_image_hosts: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?$")], ...],
+        Meta(description="host (name, or name:port) that images are fetched from for clients; none: nowhere"),
+    ] = ()
+    max_fetched_bytes: Annotated[int, Meta(ge=1, description="bytes of an image that is fetched")] = (
+        20 * 1024 * 1024
+    )
     max_body_bytes: Annotated[int, Meta(ge=1024, description="longest body of an HTTP request, bytes")] = (
         16 * 1024 * 1024
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Unpack, cast
 
 import msgspec
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 FEATURES = frozenset(
     (
-        *(ACCEPTANCE, "accounting", "credit", "grammars", "masks", "parts", "probes"),
+        *(ACCEPTANCE, "accounting", "credit", "grammars", "images", "masks", "parts", "probes"),
         *("prompt_logprobs", "tokenize", "trace"),
     )
 )
@@ -141,9 +141,17 @@ class Desk:
         self._house.methods.dispatch(self, msgspec.structs.replace(message, stream=inbox.stream))
         return Generation(inbox)
 
-    def generate_packed(self, message: bytes, deadline_s: float | None) -> Generation:
-        """Ask for an answer by the MessagePack of a `Generate`, which nobody reads here."""
+    def generate_packed(self, message: bytes, deadline_s: float | None, images: Sequence[bytes] = ()) -> Generation:
+        """Ask for an answer by the MessagePack of a `Generate`, which nobody reads here. Raises what there is no
+        room for."""
         inbox = self._inbox()
+        try:
+            for number, image in enumerate(images):
+                self._house.frontend.attach(self, inbox.stream, image, number)
+        except CierzoError:
+            self._house.frontend.cancel(self, inbox.stream)
+            del self._inboxes[inbox.stream]
+            raise
         self._house.methods.generate_large(self, inbox.stream, bytearray(message), deadline_s)
         return Generation(inbox)
 

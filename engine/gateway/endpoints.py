@@ -158,8 +158,8 @@ async def _count(backend: Backend, request: Request) -> int:
     given = request.arguments
     if "token_ids" in given:
         return len(given["token_ids"])
-    if "suffix" in given:
-        what = "the usage so far of a text with a suffix is not told by a gateway of its own"
+    if "suffix" in given or request.images:
+        what = "the usage so far of a text with a suffix, or of fetched images, is not told by a gateway of its own"
         raise InvalidRequest(what, field="stream_options.continuous_usage_stats", limit="left out")
     return len(await backend.tokenize(**tokenize_arguments(given)))
 

@@ -8,7 +8,8 @@ _NO_CUSTOM_TOOLS = "this version calls tools with JSON alone"
 _ITS_NAME = "of a schema, whose text alone says what holds"
 _ANY_WAY = "the answer holds the schema either way"
 _ALLOWED_ARE_ALL = "what is in tools may be called, and nothing else"
-_NO_IMAGES = "this version sees no images"
+_IMAGES_AS_THEY_ARE = "an image has the size that the model takes"
+_NO_STORED_IMAGES = "the server stores no files: send a data URL"
 _NO_SOUNDS = "the engine neither hears nor speaks"
 _NO_FILES = "the server reads no files and no documents"
 _NO_STORE = "the server stores no answers and no conversations"
@@ -62,7 +63,7 @@ EXTRAS = (
     refused("cache_salt", "the server sees to it that tenants share no blocks"),
     refused("logits_processors", "the server runs no code of its clients"),
     refused("kv_transfer_params", "blocks are not sent from engine to engine", {}),
-    refused("mm_processor_kwargs", _NO_IMAGES, {}),
+    refused("mm_processor_kwargs", _IMAGES_AS_THEY_ARE, {}),
     refused("vllm_xargs", "it would be handed to code that is not here", {}),
 )
 
@@ -148,13 +149,20 @@ THOUGHT_PART = table(
 )
 PARTS = table(
     *(served("text"), served("thinking")),
-    refused("image_url", _NO_IMAGES),
+    served("image_url", note="of a model that takes images"),
     refused("input_audio", _NO_SOUNDS),
     *(refused(name, _NO_FILES) for name in ("file", "document_url", "resource", "resource_link")),
     refused("reference", "a text that refers to nothing can stand in its place"),
     refused("refusal", _NO_GUARD),
 )
-PART_ROWS = {"text": TEXT_PART, "thinking": THOUGHT_PART}
+IMAGE_PART = table(
+    served("type"),
+    served(
+        "image_url", note="a data URL, or an object with it as url; http and https where the server names the host"
+    ),
+    CACHE_MARK,
+)
+PART_ROWS = {"text": TEXT_PART, "thinking": THOUGHT_PART, "image_url": IMAGE_PART}
 CHAT = table(
     *(MODEL, SAMPLING, STREAMED, HARMLESS, HOSTED, EXTRAS),
     served("messages", note="the turns of the conversation"),
@@ -278,12 +286,19 @@ OUTPUT_TEXT = table(
 )
 RESPONSE_PARTS = table(
     *(served("input_text"), served("output_text")),
-    refused("input_image", _NO_IMAGES),
+    served("input_image", note="of a model that takes images"),
     refused("input_audio", _NO_SOUNDS),
     refused("input_file", _NO_FILES),
     refused("refusal", _NO_GUARD),
 )
-RESPONSE_PART_ROWS = {"input_text": INPUT_TEXT, "output_text": OUTPUT_TEXT}
+INPUT_IMAGE = table(
+    served("type"),
+    served("image_url", note="a data URL; http and https where the server names the host"),
+    over("detail", note=_IMAGES_AS_THEY_ARE),
+    refused("file_id", _NO_STORED_IMAGES),
+    CACHE_MARK,
+)
+RESPONSE_PART_ROWS = {"input_text": INPUT_TEXT, "output_text": OUTPUT_TEXT, "input_image": INPUT_IMAGE}
 ITEM_MESSAGE = table(served("type"), served("role"), served("content"), _RETURNED, over("phase"))
 ITEM_CALL = table(
     *(served("type"), served("call_id"), served("name"), served("arguments")),
@@ -353,7 +368,7 @@ RESPONSES = table(
     refused("context_management", "a prompt is taken whole or not at all", []),
     refused("truncation", "a prompt is taken whole or not at all", "disabled"),
     refused("access_programs", _NO_GUARD),
-    refused("image", _NO_IMAGES),
+    refused("image", "images are parts of input: input_image"),
 )
 
 # --- /tokenize, /detokenize ----------------------------------------------------------------------------------
@@ -372,6 +387,6 @@ TOKENIZE = table(
     served("return_token_strs", note="true: the text of each token too"),
     refused("chat_template", _NO_CHOICE_OF_TEMPLATE),
     refused("chat_template_kwargs", _NO_CHOICE_OF_TEMPLATE, {}),
-    *(refused(name, _NO_IMAGES, {}) for name in ("mm_processor_kwargs", "media_io_kwargs")),
+    *(refused(name, _IMAGES_AS_THEY_ARE, {}) for name in ("mm_processor_kwargs", "media_io_kwargs")),
 )
 DETOKENIZE = table(MODEL, served("tokens", note="token ids; control tokens are spelled out in the text"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.generation import Generation
 from cierzo.engine.frontend.pool import Pool
@@ -13,6 +15,7 @@ from cierzo.engine.gateway.backend import Backend, Packing
 from cierzo.engine.gateway.bodies import Bodies, Request
 from cierzo.engine.gateway.call import Call
 from cierzo.engine.gateway.config import HttpConfig
+from cierzo.engine.gateway.fetching import Fetching
 from cierzo.engine.gateway.reading import Endpoint
 from cierzo.engine.gateway.token_words import TokenWords
 from cierzo.engine.messages import ModelInfo
@@ -28,6 +31,7 @@ class House:
         self.config = config
         self.began_s = int(time.time())
         self.arriving = Pool("max_arriving_bytes", config.max_arriving_bytes)
+        self.fetching = Fetching(config.allow_image_hosts, config.max_fetched_bytes, self.arriving)
         self.joined = Pool("max_joined_bytes", config.max_joined_bytes)
         self._bodies = Bodies()
         self._rules: Rules | None = None
@@ -67,7 +71,13 @@ class House:
         found = await self._bodies.read(endpoint, call.body, rules, named, packs=packs, tenant=tenant)
         call.forget(self.arriving)
         call.pass_over(found[0].asked.passed_over)
-        return found
+        return [await self._with_images(request, tenant) for request in found]
+
+    async def _with_images(self, request: Request, tenant: str) -> Request:
+        """The request with the images that had to be fetched. Raises InvalidRequest for one that cannot be had."""
+        if not (fetches := request.asked.fetches):
+            return request
+        return msgspec.structs.replace(request, images=tuple(await self.fetching.fetch(fetches, tenant)))
 
     def _made(self, model: ModelInfo) -> Rules:
         config = self.config
@@ -77,6 +87,7 @@ class House:
             lenient=config.lenient,
             max_depth=config.max_body_depth,
             max_prompts=config.max_prompts,
+            image_hosts=config.allow_image_hosts,
         )
 
 
@@ -85,7 +96,10 @@ def ask(backend: Backend, request: Request) -> Generation:
     try:
         if request.packed:
             assert isinstance(backend, Packing)
-            return backend.generate_packed(request.packed, _seconds(request.arguments.get("deadline_s")))
+            deadline_s = _seconds(request.arguments.get("deadline_s"))
+            return backend.generate_packed(request.packed, deadline_s, request.images)
+        if request.images:
+            return backend.generate(**{**request.arguments, "images": request.images})
         return backend.generate(**request.arguments)
     except CierzoError as error:
         raise in_body(error, request.asked) from None

@@ -26,6 +26,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and names that a body is held against.
 
     names: of the served model, beside `model.name`. lenient: unknown fields are passed over, and named.
+    image_hosts: that images may be fetched from, so many for a request.
     """
 
     model: ModelInfo
@@ -34,6 +35,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     max_depth: int = 64
     max_turns: int = 4096
     max_prompts: int = 128
+    image_hosts: tuple[str, ...] = ()
+    max_fetched: int = 16
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +47,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage: the usage in each event. echo: the prompt comes before the answer. drops_output: the answer's
     own token, of which the engine makes at least one, is not wanted. as_token_ids: token_id:17 stands for the text
     of a token. passed_over: names of fields that were not looked at, fit for a header.
-    places: fields as the engine names them -> as the body does, for `in_body`.
+    places: fields as the engine names them -> as the body does, for `in_body`. fetches: of images that have to be
+    fetched before the engine is asked, the places in the body, and the addresses.
     """
 
     endpoint: Endpoint
@@ -59,6 +63,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     as_token_ids: bool = False
     passed_over: tuple[str, ...] = ()
     places: dict[str, str] = {}
+    fetches: tuple[tuple[str, str], ...] = ()
 
     @property
     def logprobs(self) -> int | None:
@@ -74,7 +79,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 class Body:
     """A body of one endpoint, held against its table: what it gives, to be made into `Asked`.
 
-    given: the fields that are served. arguments, places: as of `Asked`, as far as names alone tell.
+    given: the fields that are served. arguments, places, fetches: as of `Asked`, as far as names alone tell.
     """
 
     def __init__(self, endpoint: Endpoint, body: bytes, rows: Table, rules: Rules) -> None:
@@ -84,6 +89,7 @@ class Body:
         self.given = self.sieve.served(read_object(body, rules.max_depth), rows)
         self.model = self._model()
         self.places: dict[str, str] = {}
+        self.fetches: list[tuple[str, str]] = []
         self.arguments = self._arguments(rows)
 
     def need(self, name: str) -> Any:
@@ -125,6 +131,7 @@ class Body:
             as_token_ids=self.flag("return_tokens_as_token_ids"),
             passed_over=self.sieve.passed_over,
             places=self.places,
+            fetches=tuple(self.fetches),
             **what,
         )
 

@@ -67,6 +67,7 @@ class PageState(msgspec.Struct, frozen=True, kw_only=True):
     efforts: list[str]
     marks_thinking: bool
     marks_calls: bool
+    sees: bool
     latency_bounds_s: list[float] | None = None
     first_token_s: Latency | None = None
     inter_token_s: Latency | None = None
@@ -116,6 +117,7 @@ def state_of(
         efforts=model.reasoning_efforts,
         marks_thinking=model.marks_thinking,
         marks_calls=model.marks_calls,
+        sees=model.vision is not None,
         **more,
     )
 

@@ -90,7 +90,7 @@ def _conversation(read: Body, rules: Rules) -> Asked:
     if read.flag("add_special_tokens"):  # vLLM's clients say false; the template alone adds some
         _without(read, "add_special_tokens", "a prompt")
     chat = {name: read.given[name] for name in _OF_CHAT if name in read.given}
-    asked = read_chat(msgspec.json.encode(chat), rules)
+    asked = read_chat(msgspec.json.encode(chat), msgspec.structs.replace(rules, image_hosts=()))
     return msgspec.structs.replace(asked, passed_over=(*read.sieve.passed_over, *asked.passed_over))
 
 

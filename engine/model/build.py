@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
-from cierzo.engine.model import gqa, mla, mlp, moe
+from cierzo.engine.model import gqa, mla, mlp, moe, vision
 from cierzo.engine.model.config import MlaConfig, ModelConfig, MoeConfig
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.positions import Positions
@@ -37,7 +37,8 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """Every parameter of the model, under its text-only name: as transformers' ForCausalLM classes save it."""
+    """Every parameter of the model, under its text-only name: as transformers' ForCausalLM classes save it. Those
+    of a vision tower have the names that Mistral 3 is published with."""
     hidden, attention = config.hidden_size, config.attention
     found = {
         EMBEDDING: ParameterSpec((config.vocab_size, hidden)),
@@ -57,7 +58,7 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         }
         for part, specs in parts.items():
             found |= {f"model.layers.{layer}.{part}{name}": spec for name, spec in specs.items()}
-    return found
+    return found if config.vision is None else found | vision.specs(config.vision, hidden)
 
 
 def build_model(
@@ -91,7 +92,7 @@ def build_model(
     embedding, final_norm = whole[EMBEDDING], whole[FINAL_NORM]
     head = _head(config, whole, shard)
     weights = DecoderWeights(embedding, blocks, [], final_norm, config.rms_norm_eps, head)
-    return Decoder(weights, Positions(config, torch.device(device)), shard)
+    return Decoder(weights, Positions(config, torch.device(device)), shard, vision.build(config, whole))
 
 
 def _layer(

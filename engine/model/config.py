@@ -55,11 +55,52 @@ class QueryScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     original_positions: int
 
 
+class VisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tower that turns an image into embeddings for the text model: Pixtral's, whose patches are merged.
+
+    An image is cut into patches of `patch` pixels square; `merge` x `merge` of them become one token.
+    `max_side_px`: the longer side of the largest image. norm_eps: of the tower's norms; projector_norm_eps: of the
+    one behind it. The token ids stand for an image in a prompt: for a merged token, a row's end, the image's end.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    patch: int
+    merge: int
+    max_side_px: int
+    rope_theta: float
+    projector_norm_eps: float
+    image_token_id: int
+    break_token_id: int
+    end_token_id: int
+    norm_eps: float = 1e-5  # no config says it: transformers and vLLM have it so
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def unit_px(self) -> int:
+        """Pixels of a merged token's side; images are whole multiples of it."""
+        return self.patch * self.merge
+
+    def num_parameters(self, text_width: int) -> int:
+        """Parameters of tower and projector in front of a text model of this hidden size."""
+        hidden, merged = self.hidden_size, self.merge**2
+        layer = 4 * hidden * hidden + 3 * hidden * self.mlp_width + 2 * hidden
+        projector = merged * hidden * hidden + hidden * text_width + text_width * text_width
+        return 3 * self.patch**2 * hidden + hidden + self.num_layers * layer + hidden + projector
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model's architecture. `softmax_scale_override` replaces (query-key width)^-0.5.
 
     `max_position_embeddings` is None where the checkpoint does not say it; then a user must say how long requests
-    may be. `tie_word_embeddings`: an output head that the checkpoint stores counts all the same.
+    may be. `tie_word_embeddings`: an output head that the checkpoint stores counts all the same. `vision`: None
+    where there is no tower, or none that is used.
     """
 
     architecture: Literal["mistral4", "ministral3", "mistral", "llama"]
@@ -77,6 +118,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     query_scaling: QueryScaling | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    vision: VisionConfig | None = None
     softmax_scale_override: float | None = None
 
     @property

@@ -96,7 +96,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 # Multimodal classes around a text model: their own tie flag, which counts, and the type of a `text_config` without.
 WRAPPERS: Mapping[str, Mapping[str, Any]] = {
-    "mistral3": {"tie_word_embeddings": True},
+    "mistral3": {
+        "tie_word_embeddings": True,
+        "image_token_index": 10,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "multimodal_projector_bias": False,
+        "spatial_merge_size": 2,
+    },
     "llava": {"tie_word_embeddings": False},
     "llava_next": {"tie_word_embeddings": False},
 }
@@ -104,4 +111,15 @@ WRAPPED: Mapping[str, Mapping[str, Any]] = {
     "mistral3": {"model_type": "mistral"},
     "llava": {"model_type": "llama"},
     "llava_next": {"model_type": "llama"},
+}
+# Of `PixtralVisionConfig`, for what a `vision_config` leaves out; its RoPE's base is ROPE_THETA.
+PIXTRAL: Mapping[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 1024,
+    "patch_size": 16,
+    "hidden_act": "gelu",
 }

@@ -9,30 +9,37 @@ inference are ignored.
 
 from __future__ import annotations
 
+import msgspec
+
 from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig, QueryScaling, check_groups
 from cierzo.engine.model.config_defaults import DEFAULTS, EOS_TOKEN_ID, WRAPPED, WRAPPERS
 from cierzo.engine.model.rope_config import Llama3Config, RopeConfig, YarnConfig, read_rope
+from cierzo.engine.model.vision_config import read_pixtral
 
 
-def parse_config(outer: Fields, ends_elsewhere: bool = False) -> ModelConfig:
+def parse_config(outer: Fields, ends_elsewhere: bool = False, text_only: bool = False) -> ModelConfig:
     """The model of a config.json.
 
     ends_elsewhere: generation_config.json names end-of-text ids, so that the default of transformers' class is not
-    meant.
+    meant. text_only: a vision tower is not read.
     """
-    fields = _wrapped(outer) if outer.string("model_type") in WRAPPERS else outer
+    wrapper = outer.string("model_type")
+    fields = _wrapped(outer) if wrapper in WRAPPERS else outer
     architecture = fields.string("model_type")
     if architecture not in DEFAULTS:
         known = f"{', '.join(DEFAULTS)}, or around one of them {', '.join(WRAPPERS)}"
         raise fields.error("model_type", architecture, known)
     fields.fill_in(DEFAULTS[architecture])
     fields.fill_in({"eos_token_id": [] if ends_elsewhere else EOS_TOKEN_ID})
-    return _mistral4(fields) if architecture == "mistral4" else _dense(fields, architecture)
+    model = _mistral4(fields) if architecture == "mistral4" else _dense(fields, architecture)
+    if text_only or wrapper != "mistral3":  # the others' towers are of another kind
+        return model
+    return msgspec.structs.replace(model, vision=read_pixtral(outer, model.rms_norm_eps))
 
 
 def _wrapped(outer: Fields) -> Fields:
-    """The text model of a multimodal one, whose vision tower is left aside."""
+    """The text model of a multimodal one."""
     wrapper = outer.string("model_type")
     fields = outer.section("text_config")
     fields.fill_in(WRAPPED[wrapper])

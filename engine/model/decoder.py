@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cierzo.cache.pool import KVPool, MlaPages
 from cierzo.engine.model.positions import Positions
+from cierzo.engine.model.vision import VisionTower
 from cierzo.engine.parameters import Shard
 from cierzo.kernels.ops import block, compose
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
@@ -21,9 +22,13 @@ from cierzo.kernels.ops.block import DecoderWeights, StepRows
 class Decoder:
     """A model on one rank, ready to run. Parameters are used where they lie and never written."""
 
-    def __init__(self, weights: DecoderWeights, positions: Positions, shard: Shard) -> None:
-        """weights: without pages; those of the pool that a step names are put there."""
+    def __init__(
+        self, weights: DecoderWeights, positions: Positions, shard: Shard, tower: VisionTower | None = None
+    ) -> None:
+        """weights: without pages; those of the pool that a step names are put there. tower: sees images, if the
+        model takes any."""
         self.weights = weights
+        self.tower = tower
         self._positions = positions
         self._shard = shard
         self._pool: KVPool | None = None  # whose pages are in `weights`

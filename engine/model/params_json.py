@@ -1,7 +1,7 @@
 """params.json -> `ModelConfig`: the spelling of Mistral's own checkpoints. No torch here.
 
 Small 4 has `qk_nope_head_dim` and `moe`; the dense models have neither. Ministral 3 and Devstral Small 2 are dense
-models with `yarn` and `llama_4_scaling`; Pixtral and Small 3.1 have a `vision_encoder`, which is left aside. What
+models with `yarn` and `llama_4_scaling`; Pixtral and Small 3.1 have a `vision_encoder` (vision_config.py). What
 params.json leaves unsaid is the same in all of them: SiLU, no biases, a softmax over the experts that is
 renormalised over the chosen ones, <s> and </s> as ids 1 and 2. Source: vLLM's transformers_utils/configs/mistral.py
 and the published file of Small 4.
@@ -15,9 +15,11 @@ from typing import Literal
 from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, MoeConfig, QueryScaling, check_groups
 from cierzo.engine.model.rope_config import RopeConfig, YarnConfig
+from cierzo.engine.model.vision_config import read_encoder
 
-# Fields that say nothing about a text model's arithmetic on one device. Images are not served, and quantisation is
-# read elsewhere (checkpoint_format.py); max_seq_len stands in for max_position_embeddings in older files.
+# Fields that say nothing about a text model's arithmetic on one device. The vision tower and quantisation are read
+# elsewhere (vision_config.py, checkpoint_format.py), the former only where it is used; max_seq_len stands in for
+# max_position_embeddings in older files.
 HARMLESS = frozenset(
     {
         *("quantization", "quantization_config", "vision_encoder", "max_seq_len"),
@@ -27,8 +29,8 @@ HARMLESS = frozenset(
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # of every tokenizer of these models
 
 
-def read_params(fields: Fields) -> ModelConfig:
-    """The architecture that params.json describes.
+def read_params(fields: Fields, text_only: bool = False) -> ModelConfig:
+    """The architecture that params.json describes. text_only: a vision tower is not read.
 
     Raises CheckpointError naming a field that is missing, malformed, or asks for what the models cannot compute.
     """
@@ -42,7 +44,7 @@ def read_params(fields: Fields) -> ModelConfig:
     is_mla = fields.has("qk_nope_head_dim")
     attention = _mla(fields) if is_mla else _gqa(fields)
     rotated = attention.qk_rope_head_dim if isinstance(attention, MlaConfig) else attention.head_dim
-    vocab_size = fields.integer("vocab_size")
+    vocab_size, norm_eps = fields.integer("vocab_size"), fields.number("norm_eps", minimum=0.0)
     return ModelConfig(
         architecture=_architecture(fields, is_mla),
         vocab_size=vocab_size,
@@ -51,7 +53,7 @@ def read_params(fields: Fields) -> ModelConfig:
         num_heads=fields.integer("n_heads"),
         mlp_width=fields.integer("hidden_dim"),
         max_position_embeddings=longest,
-        rms_norm_eps=fields.number("norm_eps", minimum=0.0),
+        rms_norm_eps=norm_eps,
         tie_word_embeddings=_tied(fields),
         attention=attention,
         moe=_moe(fields) if is_mla else None,
@@ -62,6 +64,7 @@ def read_params(fields: Fields) -> ModelConfig:
         query_scaling=_query_scaling(fields),
         bos_token_id=fields.token_id("bos_token_id", vocab_size),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
+        vision=None if text_only else read_encoder(fields, norm_eps),
     )
 
 

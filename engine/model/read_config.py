@@ -14,19 +14,20 @@ from cierzo.engine.model.config_json import parse_config
 from cierzo.engine.model.params_json import HARMLESS, read_params
 
 
-def read_model_config(path: Path) -> ModelConfig:
+def read_model_config(path: Path, text_only: bool = False) -> ModelConfig:
     """Read `path`/config.json, or params.json where that is the layout of the folder (`find_layout`), and the
     end-of-text ids of `path`/generation_config.json where there is one. A quantisation that cannot be loaded, and a
-    field of params.json that is unknown, are refused here already. Ids beyond the vocabulary are left out."""
+    field of params.json that is unknown, are refused here already. Ids beyond the vocabulary are left out.
+    text_only: a vision tower is not read, whatever it is."""
     with naming_unreadable(path):
         layout = find_format(path).layout
         generation = _generation_config(path)
         if layout == "native":
             params = Fields(read_json(path / PARAMS_NAME), file=PARAMS_NAME)
-            config = read_params(params)
+            config = read_params(params, text_only)
             params.refuse_unread(HARMLESS)
         else:
-            config = parse_config(Fields(read_json(path / CONFIG_NAME)), generation.has("eos_token_id"))
+            config = parse_config(Fields(read_json(path / CONFIG_NAME)), generation.has("eos_token_id"), text_only)
     eos = (*config.eos_token_ids, *generation.token_ids("eos_token_id", config.vocab_size))
     return msgspec.structs.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
 

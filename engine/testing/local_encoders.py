@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
-import msgspec
-
 from cierzo.engine.errors import CierzoError
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.frontend.encoding import COMPILE, Compiled, Encoded, Job, RequestEncoder, packed
+from cierzo.engine.frontend.encoding import COMPILE, Compiled, Encoded, Job, RequestEncoder, joined
 from cierzo.engine.frontend.frames import Buffer
 from cierzo.engine.frontend.limits import ByteBudget
 from cierzo.engine.frontend.tenants import DEFAULT
@@ -33,14 +31,21 @@ class LocalEncoders:
     delay_s: Callable[[], float] | None = None
 
     def submit(
-        self, job: Job, body: Buffer, attached: Sequence[Buffer], deadline_at_s: float, tenant: str = DEFAULT
+        self,
+        job: Job,
+        body: Buffer,
+        attached: Sequence[Buffer],
+        deadline_at_s: float,
+        tenant: str = DEFAULT,
+        images: Sequence[Sequence[Buffer]] = (),
     ) -> asyncio.Future[Encoded]:
         """Have a request encoded, as `Encoders.submit` does."""
-        num_bytes, loop = len(body) + sum(map(len, attached)), asyncio.get_running_loop()
+        files = [b"".join(pieces) for pieces in images]
+        num_bytes, loop = len(body) + sum(map(len, (*attached, *files))), asyncio.get_running_loop()
         self.budget.take(num_bytes, tenant)
         future: asyncio.Future[Any] = loop.create_future()
         future.add_done_callback(lambda _: self.budget.give(num_bytes, tenant))
-        answer = partial(self._answer, future, job, bytes(body), b"".join(attached))
+        answer = partial(self._answer, future, job, bytes(body), b"".join(attached), files)
         if self.delay_s is None:
             loop.call_soon(answer)
         else:
@@ -62,7 +67,9 @@ class LocalEncoders:
         assert table is not None
         return GrammarCompiler(table)
 
-    def _answer(self, future: asyncio.Future[Any], job: Job, body: bytes, attached: bytes) -> None:
+    def _answer(
+        self, future: asyncio.Future[Any], job: Job, body: bytes, attached: bytes, images: Sequence[bytes]
+    ) -> None:
         if future.done():
             return
         try:
@@ -73,12 +80,12 @@ class LocalEncoders:
             if job.method != "generate":
                 future.set_result(self.encoder.word(job, body))
                 return
-            encoded, token_ids = self.encoder.encode_job(job, body, attached if job.has_attached else None)
+            given = attached if job.has_attached else None
+            encoded, token_ids, pixels = self.encoder.encode_job(job, body, given, images)
         except CierzoError as error:
             future.set_exception(error)
             return
-        submit = msgspec.structs.replace(encoded.submit, prompt_token_ids=packed(token_ids))
-        future.set_result(msgspec.structs.replace(encoded, submit=submit))
+        future.set_result(joined(encoded, token_ids, pixels))
 
 
 def local_encoders(

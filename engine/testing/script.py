@@ -16,7 +16,8 @@ import msgspec
 from cierzo.engine.errors import CierzoError, InvalidRequest, refusal
 from cierzo.engine.messages import Generate, ModelInfo, Submit, TextChunk
 from cierzo.engine.testing.words import EOS, ID_OF, VOCAB
-from cierzo.engine.text.prompt import Prompt, PromptEncoder
+from cierzo.engine.text.image_tokens import Images
+from cierzo.engine.text.prompt import NO_IMAGES, Prompt, PromptEncoder
 
 ANSWER = "a text, token ids, a FakeAnswer or a CierzoError"
 ANSWERS = f"{ANSWER}, a list of these, a mapping from prompts to these, or a function"
@@ -113,10 +114,10 @@ class ScriptedPrompts(PromptEncoder):
 
     script: Script = field(default_factory=lambda: Script(""))
 
-    def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
+    def encode(self, message: Generate, max_tokens: int | None = None, images: Images = NO_IMAGES) -> Prompt:
         """Encode the prompt of a request, unless the script refuses it."""
         self.script.asked(message)
-        return PromptEncoder.encode(self, message, max_tokens)
+        return PromptEncoder.encode(self, message, max_tokens, images)
 
     def masked(self, submit: Submit, message: Generate, model: ModelInfo, *, in_thinking: bool) -> Submit:
         """`submit` with the answer to it. Raises CierzoError where the script has none."""

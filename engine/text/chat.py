@@ -13,10 +13,10 @@ import msgspec
 from jinja2 import meta, nodes
 
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.messages import ChatMessage, TextChunk, Tool, ToolCall
+from cierzo.engine.messages import ChatMessage, ImageChunk, TextChunk, ThinkingChunk, Tool, ToolCall
 from cierzo.engine.text.spellings import each_text
 from cierzo.engine.text.template_environment import template_environment
-from cierzo.engine.text.tokenizer_config import read_chat_templates, read_tokenizer_config
+from cierzo.engine.text.tokenizer_config import IMAGE_TOKEN, read_chat_templates, read_tokenizer_config
 from cierzo.engine.text.tool_arguments import Arguments
 
 TOOLS_TEMPLATE = "tool_use"  # the name of one for conversations with tools, as transformers takes it
@@ -127,6 +127,15 @@ class ChatTemplate:
             return True  # in some other conversation, it may
 
     @cached_property
+    def writes_images(self) -> bool:
+        """Whether it writes the token of an image where a user's turn has one."""
+        turn = ChatMessage(role="user", content=[TextChunk(text="Hi"), ImageChunk()])
+        try:
+            return self.render([turn]).count(IMAGE_TOKEN) == 1
+        except InvalidRequest:
+            return False
+
+    @cached_property
     def takes_one_call(self) -> bool:
         """Whether it refuses a turn with two calls, and not one with one."""
         user, turn = SAMPLE_TURNS
@@ -192,7 +201,13 @@ class _Words:
         go on with it, and for one that is not of the assistant."""
         chunks = [TextChunk(turn.content)] if isinstance(turn.content, str) else turn.content
         self.text, self.thought, self.is_open = "", turn.reasoning, False
+        self.parts: list[str | None] = []  # texts, and None for an image; nothing where there is none
+        if any(isinstance(chunk, ImageChunk) for chunk in chunks):
+            shown = [chunk for chunk in chunks if not isinstance(chunk, ThinkingChunk)]
+            self.parts = [chunk.text if isinstance(chunk, TextChunk) else None for chunk in shown]
         for chunk in chunks:
+            if isinstance(chunk, ImageChunk):
+                continue
             if isinstance(chunk, TextChunk):
                 self.text, self.is_open = self.text + chunk.text, False
             elif self.text and turn.role == "assistant" and chunk.closed and not turn.prefix:
@@ -239,10 +254,10 @@ class _Turns:
         """Only what is there: templates ask for the presence of a key."""
         message, words, change = self._messages[number], self._words[number], self._change
         thought = change(words.thought) + (tag if words.is_open else "")
-        turn: dict[str, Any] = {
-            "role": message.role,
-            "content": change(words.text) + ("" if words.is_open else tag),
-        }
+        content: Any = change(words.text) + ("" if words.is_open else tag)
+        if words.parts:
+            content = [_part_for_template(part, change) for part in words.parts]
+        turn: dict[str, Any] = {"role": message.role, "content": content}
         if thought:
             first, *others = REASONING_FIELDS
             turn = {first: thought, **turn, **dict.fromkeys(others, thought)}
@@ -260,6 +275,11 @@ class _Turns:
         if message.name:
             turn["name"] = change(message.name)
         return turn
+
+
+def _part_for_template(part: str | None, change: Callable[[str], str]) -> dict[str, str]:
+    """A part of a content as transformers' processors write it."""
+    return {"type": "image"} if part is None else {"type": "text", "text": change(part)}
 
 
 def _tool_for_template(tool: Tool, change: Callable[[str], str]) -> dict[str, Any]:

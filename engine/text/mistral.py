@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import msgspec
+import numpy as np
+from mistral_common.protocol.instruct.chunk import ImageURLChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, ReasoningEffort
@@ -16,6 +18,7 @@ from mistral_common.protocol.instruct.tool_calls import Tool as TheirTool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.image import ImageEncoding
 from mistral_common.tokens.tokenizers.instruct import (
     InstructTokenizerV3,
     InstructTokenizerV7,
@@ -28,6 +31,7 @@ from pydantic import ValidationError
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import Generate, Tool
+from cierzo.engine.text.image_tokens import Images
 from cierzo.engine.text.mistral_turns import (
     MAX_VALUE_CHARS,
     Rules,
@@ -50,6 +54,9 @@ _WRITERS: dict[TokenizerVersion, type[InstructTokenizerV3]] = {
     TokenizerVersion.v15: InstructTokenizerV15,
 }
 MAX_KEPT_BYTES = 64 * 1024  # of tools whose schemas are not checked again
+IMAGE_TOKENS = frozenset(("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
+RESULTS_SEEN = 15  # the version from which on a tool's result may hold images
+_NO_PIXELS = np.empty(0, np.float32)
 
 
 class MistralChat:
@@ -71,7 +78,9 @@ class MistralChat:
         thinkers = ("assistant", "system") if number == 13 else ("assistant",)
         spells = inner.version == SPELLED_THOUGHTS and "[THINK]" not in special_ids
         tags = tuple(THINK_TAGS) if spells else ()
-        self._rules = Rules(number, thinkers if thinks or spells else (), (*special_ids, *tags), tags)
+        self.writes_images = special_ids.keys() >= IMAGE_TOKENS
+        seers = () if not self.writes_images else ("user", "tool") if number >= RESULTS_SEEN else ("user",)
+        self._rules = Rules(number, thinkers if thinks or spells else (), (*special_ids, *tags), tags, seers)
         efforts = None if builder is None else builder.reasoning_effort
         self.efforts = () if efforts is None else tuple(ReasoningEffort(value).value for value in efforts.values)
         self.thinks_unasked = efforts is None or efforts.default != ReasoningEffort.none
@@ -89,7 +98,9 @@ class MistralChat:
         for each in (self._validator, self._normalizer):
             vars(each)["_allow_tool_call_and_content"] = True  # or neither
 
-    def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
+    def encode(
+        self, message: Generate, max_tokens: int | None, images: Images | None = None
+    ) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, and whether the answer goes on within a thought. Raises
         InvalidRequest, with the field that is wrong."""
         conversation = message.messages or []
@@ -105,6 +116,7 @@ class MistralChat:
         refuse_unfit(self._vocabulary, "messages", text, max_tokens)
         refuse_surrogates("messages", text)
         turns, tools = their_messages(conversation, self._rules), their_tools(message.tools)
+        vars(self._writer)["image_encoder"] = _ImageWriter(images or Images())
         try:
             self._validator.validate_messages(turns)
             effort = None if message.reasoning_effort is None else ReasoningEffort(message.reasoning_effort)
@@ -138,6 +150,17 @@ class MistralChat:
                 tokens += [ids["[CALL_ID]"], *inner.encode(call.id, bos=False, eos=False)]
             tokens += [ids["[ARGS]"], *inner.encode(call.function.arguments, bos=False, eos=False)]
         return tokens
+
+
+class _ImageWriter:
+    """An encoder of images, to mistral-common: it gives their tokens, and no pixels, as they are decoded
+    elsewhere."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def __call__(self, content: ImageURLChunk) -> ImageEncoding:
+        return ImageEncoding(tokens=self._images.write(int(content.get_url())), image=_NO_PIXELS)
 
 
 def load_mistral(

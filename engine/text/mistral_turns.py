@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import msgspec
 from mistral_common.protocol.instruct import chunk as theirs
@@ -16,10 +17,10 @@ from mistral_common.protocol.instruct.tool_calls import FunctionCall
 from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import ChatMessage, TextChunk, ThinkingChunk, ToolCall
+from cierzo.engine.messages import ChatMessage, ImageChunk, TextChunk, ThinkingChunk, ToolCall
 from cierzo.engine.text.tool_arguments import Arguments
 from cierzo.engine.text.tool_names import TOOL_NAME, is_tool_name
-from cierzo.engine.text.vocabulary import refuse_marker_at_end
+from cierzo.engine.text.vocabulary import refuse_marker_at_end, words_of
 
 Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 FOLLOWERS = {
@@ -35,20 +36,24 @@ MAX_VALUE_CHARS = 200
 
 class Rules(msgspec.Struct, frozen=True):
     """Limits of a version of the tokenizer. `thinkers`: roles whose content may hold thoughts. `markers`: how its
-    control tokens are spelled. `think_tags`: what stands around a thought, where that is text."""
+    control tokens are spelled. `think_tags`: what stands around a thought, where that is text. `seers`: roles whose
+    content may hold images."""
 
     version: int
     thinkers: tuple[str, ...]
     markers: tuple[str, ...]
     think_tags: tuple[str, ...] = ()
+    seers: tuple[str, ...] = ()
 
 
 def their_messages(turns: Sequence[ChatMessage], rules: Rules) -> list[Message]:
-    """The conversation for mistral-common. Raises InvalidRequest, with the field that is wrong."""
+    """The conversation for mistral-common, in which an image is called by its number. Raises InvalidRequest, with
+    the field that is wrong."""
     if not turns:
         raise _refused("messages", "messages is empty", "at least 1", 0)
     _check_order(turns, rules)
-    messages = [_message(f"messages[{index}]", turn, rules) for index, turn in enumerate(turns)]
+    numbers = count()
+    messages = [_message(f"messages[{index}]", turn, rules, numbers) for index, turn in enumerate(turns)]
     _check_results(turns)
     refuse_marker_at_end(f"messages[{len(turns) - 1}]", turns[-1], rules.markers)
     return messages
@@ -67,7 +72,7 @@ def texts(turns: Sequence[ChatMessage]) -> Iterator[str]:
         if turn.role != "tool":
             yield turn.reasoning
             chunks = [TextChunk(text=turn.content)] if isinstance(turn.content, str) else turn.content
-            yield from (chunk.text if isinstance(chunk, TextChunk) else chunk.thinking for chunk in chunks)
+            yield from map(words_of, chunks)
 
 
 # --- the order of turns ------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ def _check_answered(calls: dict[str, str]) -> None:
 # --- one turn ----------------------------------------------------------------------------------------------
 
 
-def _message(field: str, turn: ChatMessage, rules: Rules) -> Message:
+def _message(field: str, turn: ChatMessage, rules: Rules, numbers: Iterator[int]) -> Message:
     if turn.role != "assistant":
         if turn.tool_calls:
             what = f"{field} has calls and is of the role {turn.role}"
@@ -137,7 +142,7 @@ def _message(field: str, turn: ChatMessage, rules: Rules) -> Message:
         if turn.reasoning:
             what = f"{field} has reasoning and is of the role {turn.role}"
             raise _refused(f"{field}.reasoning", what, "of the assistant alone", turn.reasoning)
-    content = _content(field, turn, rules)
+    content = _content(field, turn, rules, numbers)
     match turn.role:
         case "system":
             return SystemMessage(content=content)
@@ -149,8 +154,10 @@ def _message(field: str, turn: ChatMessage, rules: Rules) -> Message:
             return _answer(field, turn, _spelled(content, rules.think_tags), rules)
 
 
-def _content(field: str, turn: ChatMessage, rules: Rules) -> str | list[theirs.ContentChunk]:
-    """The content, with `reasoning` as a thought before it."""
+def _content(
+    field: str, turn: ChatMessage, rules: Rules, numbers: Iterator[int]
+) -> str | list[theirs.ContentChunk]:
+    """The content, with `reasoning` as a thought before it. numbers: of the images that come next."""
     if isinstance(turn.content, str) and not turn.reasoning:
         return turn.content
     chunks: list[theirs.ContentChunk] = []
@@ -163,6 +170,10 @@ def _content(field: str, turn: ChatMessage, rules: Rules) -> str | list[theirs.C
         place = f"{field}.content[{index}]"
         if isinstance(chunk, TextChunk):
             chunks.append(theirs.TextChunk(text=chunk.text))
+            continue
+        if isinstance(chunk, ImageChunk):
+            _check_sees(place, turn, rules)
+            chunks.append(theirs.ImageURLChunk(image_url=str(next(numbers))))
             continue
         _check_thinks(place, turn, rules)
         if turn.reasoning:
@@ -193,6 +204,13 @@ def _check_thinks(field: str, turn: ChatMessage, rules: Rules) -> None:
     if turn.role not in rules.thinkers:
         known = ", ".join(rules.thinkers)
         what = f"{field} is a thought, which a turn of the role {turn.role} cannot have with this model's tokenizer"
+        raise _refused(field, f"{what} (v{rules.version})", f"in turns of: {known}" if known else "none", turn.role)
+
+
+def _check_sees(field: str, turn: ChatMessage, rules: Rules) -> None:
+    if turn.role not in rules.seers:
+        known = ", ".join(rules.seers)
+        what = f"{field} is an image, which a turn of the role {turn.role} cannot have with this model's tokenizer"
         raise _refused(field, f"{what} (v{rules.version})", f"in turns of: {known}" if known else "none", turn.role)
 
 

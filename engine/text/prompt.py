@@ -14,16 +14,25 @@ import msgspec
 
 from cierzo.engine.checkpoint_file import require_file
 from cierzo.engine.errors import CheckpointError, InvalidRequest
-from cierzo.engine.messages import ChatMessage, Generate, ModelInfo, SamplingParams, Submit, TextChunk
+from cierzo.engine.messages import (
+    ChatMessage,
+    Generate,
+    ImageChunk,
+    ModelInfo,
+    PromptImage,
+    SamplingParams,
+    Submit,
+)
 from cierzo.engine.text.chat import TOOLS_TEMPLATE, load_chat_template
 from cierzo.engine.text.detok import Detokenizer
+from cierzo.engine.text.image_tokens import Images
 from cierzo.engine.text.masks import masked
 from cierzo.engine.text.parts import PartsReader
 from cierzo.engine.text.syntax import Syntax, syntax_of
 from cierzo.engine.text.template_chat import TemplateChat
 from cierzo.engine.text.tokenizer import Tokenizer, load_tokenizer
 from cierzo.engine.text.tokenizer_config import image_token_ids, read_chat_templates
-from cierzo.engine.text.vocabulary import TEKKEN_FILE, TOKENIZER_FILE, Chat, refuse_unfit
+from cierzo.engine.text.vocabulary import TEKKEN_FILE, TOKENIZER_FILE, Chat, refuse_unfit, words_of
 
 if TYPE_CHECKING:
     from cierzo.engine.text.tekken import TekkenVocabulary
@@ -31,17 +40,21 @@ if TYPE_CHECKING:
 PART_CHARS = 64  # a turn, or a call in it, takes a template as long as so many characters
 TOOL_CHARS = 1024  # a tool whose schema is checked
 WORD_CHARS = 16  # a text of its own takes a tokenizer as long as so many characters more
+IMAGE_CHARS = 1024 * 1024  # an image is never decoded where short prompts are encoded
 CALL_ID_CHARS = 9  # what every version of Mistral's templates takes
 _ID_ALPHABET = string.ascii_letters + string.digits
 Reader = Detokenizer | PartsReader
+NO_IMAGES = Images()
 CallLimit = Literal["many", "one", "none"]  # calls that an answer may hold
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
-    """A prompt that is encoded. `in_thinking`: it ends within a thought, which the answer goes on with."""
+    """A prompt that is encoded. `in_thinking`: it ends within a thought, which the answer goes on with. `images`:
+    in the order of their tokens."""
 
     token_ids: list[int]
     in_thinking: bool = False
+    images: list[PromptImage] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +127,14 @@ class PromptEncoder:
         text = "the chat template changes what it is given: a client can spell a control token, or is refused, in"
         return [*found, f"{text} {places}"] if places else found
 
-    def encode(self, message: Generate, max_tokens: int | None = None) -> Prompt:
-        """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`.
+    def encode(self, message: Generate, max_tokens: int | None = None, images: Images = NO_IMAGES) -> Prompt:
+        """Encode the prompt; raises InvalidRequest, before it encodes, if a text cannot fit `max_tokens`. `images`:
+        those of the message, decoded.
 
         Takes time in proportion to `weight`.
         """
         if message.token_ids is not None:
-            return Prompt(message.token_ids)
+            return Prompt(message.token_ids, images=images.placed(message.token_ids))
         if self.tokenizer is None:
             what, field = "the served checkpoint has no tokenizer: send token_ids", _field(message)
             raise InvalidRequest(what, field=field, limit="token_ids", value=field)
@@ -135,8 +149,9 @@ class PromptEncoder:
             known = named if self.other_templates else "chat template"
             what = f"the served checkpoint has no {known}: send text"
             raise InvalidRequest(what, field="messages", limit="text, token_ids", value="messages")
-        token_ids, in_thinking = self.template.encode(message, max_tokens)
-        return Prompt(token_ids, in_thinking and self.syntax is not None and self.syntax.marks_thinking)
+        token_ids, in_thinking = self.template.encode(message, max_tokens, images)
+        in_thinking = in_thinking and self.syntax is not None and self.syntax.marks_thinking
+        return Prompt(token_ids, in_thinking, images.placed(token_ids))
 
     def max_text_bytes(self, max_tokens: int) -> int | None:
         """UTF-8 bytes of the longest text that fits so many tokens; None if only its reader can tell."""
@@ -190,7 +205,7 @@ class PromptEncoder:
 
     def weight(self, message: Generate) -> int:
         """The work to encode a message, in characters of text that take as long. Token ids take none."""
-        weight = len(message.output_token_ids)
+        weight = len(message.output_token_ids) + IMAGE_CHARS * len(message.images)
         weight += sum(4 * (WORD_CHARS + len(word)) for word in message.sampling.bad_words)
         if message.grammar is not None:
             value = message.grammar.value
@@ -240,7 +255,8 @@ def content_chars(turn: ChatMessage) -> int:
     if isinstance(turn.content, str):
         return len(turn.content)
     return sum(
-        PART_CHARS + len(chunk.text if isinstance(chunk, TextChunk) else chunk.thinking) for chunk in turn.content
+        PART_CHARS + (IMAGE_CHARS if isinstance(chunk, ImageChunk) else len(words_of(chunk)))
+        for chunk in turn.content
     )
 
 

@@ -13,6 +13,7 @@ import msgspec
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import ChatMessage, Generate, TextChunk, ThinkingChunk, Tool, ToolCall
 from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.image_tokens import Images
 from cierzo.engine.text.spellings import Breaker, free_marks, without
 from cierzo.engine.text.tokenizer import Tokenizer
 from cierzo.engine.text.vocabulary import open_text, refuse_marker_at_end, refuse_unfit
@@ -42,12 +43,15 @@ class TemplateChat:
         self._tools_template = tools_template or template
         self._takes_calls = takes_calls
         self.takes_one_call = self._tools_template.takes_one_call
+        self.writes_images = template.writes_images
         self.efforts = template.efforts()
         self.thinks_unasked = "none" not in self.efforts or template.differs_unasked("none")
         self._tokenizer = tokenizer
         self._breaker = Breaker(tokenizer.control_ids, template.literals | self._tools_template.literals)
 
-    def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
+    def encode(
+        self, message: Generate, max_tokens: int | None, images: Images | None = None
+    ) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in
         its last turn; and whether that is within a thought. Raises InvalidRequest, with the field that is wrong."""
         template = self._tools_template if message.tools else self.template
@@ -80,7 +84,8 @@ class TemplateChat:
             written = self._without_heads(turns, mark, *rest)
             self._refuse_made(rendered, written)
         in_thinking = written.rstrip().endswith(tuple(THOUGHTS)) or (goes_on and self._is_within_thought(turns[-1]))
-        return self._tokenizer.encode_rendered(rendered, mark), in_thinking
+        token_ids = self._tokenizer.encode_rendered(rendered, mark)
+        return token_ids if images is None else images.expand(token_ids), in_thinking
 
     def unsafe_places(self) -> list[str]:
         """The fields in which this template would make a control token of a client's text, because it changes what

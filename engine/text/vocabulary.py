@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.messages import ChatMessage, Content, Generate, TextChunk
+from cierzo.engine.messages import ChatMessage, Content, Generate, ImageChunk, TextChunk, ThinkingChunk
 from cierzo.engine.text.detok import MAX_CHAR_BYTES
+from cierzo.engine.text.image_tokens import Images
 
 TEKKEN_FILE = "tekken.json"  # of a folder in Mistral's layout; some folders have both
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,12 +56,13 @@ class Vocabulary(TokenSizes, Protocol):
 
 class Chat(Protocol):
     """Prompts of conversations. `efforts`: what `reasoning_effort` may say; `thinks_unasked`: where it says
-    nothing, the model may think."""
+    nothing, the model may think. `writes_images`: a conversation may have some."""
 
     efforts: tuple[str, ...]
     thinks_unasked: bool
+    writes_images: bool
 
-    def encode(self, message: Generate, max_tokens: int | None) -> tuple[list[int], bool]:
+    def encode(self, message: Generate, max_tokens: int | None, images: Images) -> tuple[list[int], bool]:
         """Token ids of the prompt of `message.messages`, up to where the assistant begins to speak, or goes on in
         its last turn; and whether that is within a thought. Raises InvalidRequest, with the field that is wrong."""
         ...
@@ -108,7 +110,19 @@ def open_text(content: Content) -> str:
         return content
     end = ""
     for chunk in reversed(content):
+        if isinstance(chunk, ImageChunk):
+            return end
         if not isinstance(chunk, TextChunk):
             return end if end or chunk.closed else chunk.thinking
         end = chunk.text + end
     return end
+
+
+def words_of(chunk: TextChunk | ThinkingChunk | ImageChunk) -> str:
+    """Words of a part of a content; an image says nothing."""
+    match chunk:
+        case TextChunk():
+            return chunk.text
+        case ThinkingChunk():
+            return chunk.thinking
+    return ""

@@ -20,7 +20,7 @@ from cierzo.engine.checkpoint_format import (
 )
 from cierzo.engine.errors import CheckpointError, size
 from cierzo.engine.fields import naming_unreadable
-from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig
+from cierzo.engine.model.config import GqaConfig, MlaConfig, ModelConfig, VisionConfig
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.companions import num_weights
 from cierzo.engine.weights.headers import TensorInfo, read_checkpoint_headers, read_tensors
@@ -114,7 +114,9 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
         yield from self._component_rows()
         if self.model is not None:
             yield "KV cache", f"{self.kv_bytes_per_token:,} bytes per token in bfloat16"
-        if self.vision_tensors:
+        if self.model is not None and self.model.vision is not None:
+            yield "vision tower", _tower(self.model.vision, self.vision_tensors, self.vision_bytes)
+        elif self.vision_tensors:
             yield "vision tower", left_aside(self.vision_tensors, self.vision_bytes)
         if self.adapters:
             yield "adapter", f"{', '.join(self.adapters)}: NOT applied; {ADAPTER_REMEDY}"
@@ -146,18 +148,22 @@ def describe(path: Path | str) -> CheckpointInfo:
     return info
 
 
-def examine(path: Path | str, specs_of: SpecsOf | None = None) -> tuple[CheckpointInfo, list[CheckpointError]]:
+def examine(
+    path: Path | str, specs_of: SpecsOf | None = None, text_only: bool = False
+) -> tuple[CheckpointInfo, list[CheckpointError]]:
     """Read what can be read of a checkpoint folder, and tell what keeps it from being loaded.
 
-    specs_of: gives a model's parameters; with it, tensors are compared with the architecture. Raises
-    CheckpointError only for a folder of which nothing can be read.
+    specs_of: gives a model's parameters; with it, tensors are compared with the architecture. text_only: without
+    its vision tower. Raises CheckpointError only for a folder of which nothing can be read.
     """
     folder, wrong = Path(path), list[CheckpointError]()
     with naming_unreadable(folder):
-        return _examined(folder, specs_of, wrong), wrong
+        return _examined(folder, specs_of, text_only, wrong), wrong
 
 
-def _examined(folder: Path, specs_of: SpecsOf | None, wrong: list[CheckpointError]) -> CheckpointInfo:
+def _examined(
+    folder: Path, specs_of: SpecsOf | None, text_only: bool, wrong: list[CheckpointError]
+) -> CheckpointInfo:
     format, tensors, model = None, dict[str, TensorInfo](), None
     try:
         format, tensors = read_checkpoint_headers(folder)
@@ -166,12 +172,12 @@ def _examined(folder: Path, specs_of: SpecsOf | None, wrong: list[CheckpointErro
         with suppress(CheckpointError):
             tensors = read_tensors(folder, CheckpointFormat(find_layout(folder), "plain"))
     try:
-        model = read_model_config(folder)
+        model = read_model_config(folder, text_only)
     except CheckpointError as error:
         wrong += [error] if error.message not in [one.message for one in wrong] else []
     mapped = NameMap(format or CheckpointFormat(find_layout(folder), "plain"))
     try:
-        mapped = map_names(tensors, mapped.format)
+        mapped = map_names(tensors, mapped.format, model is not None and model.vision is not None)
         if specs_of is not None and model is not None and format is not None:
             from cierzo.engine.weights.plan import plan_parameters
 
@@ -273,6 +279,12 @@ def _attention(model: ModelConfig) -> str:
             return f"{heads}, latent {mla.kv_lora_rank}+{mla.qk_rope_head_dim}{query}"
         case GqaConfig() as gqa:
             return f"GQA, {model.num_heads} query and {gqa.num_kv_heads} KV heads of {gqa.head_dim}"
+
+
+def _tower(vision: VisionConfig, num_tensors: int, num_bytes: int) -> str:
+    sizes = f"{vision.num_layers} layers, hidden size {vision.hidden_size:,}, {vision.num_heads} heads"
+    pixels = f"a token for {vision.unit_px} x {vision.unit_px} px, images of up to {vision.max_side_px:,} px a side"
+    return f"{sizes}; {pixels}; {num_tensors:,} tensors, {size(num_bytes)} (--text-only leaves them aside)"
 
 
 def _millions(count: int) -> str:

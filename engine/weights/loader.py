@@ -12,7 +12,7 @@ from cierzo.engine.checkpoint_format import ADAPTER_REMEDY, adapter_files, left_
 from cierzo.engine.parameters import Parameter, ParameterSpec
 from cierzo.engine.weights.names import NameMap, map_names
 from cierzo.engine.weights.pieces import stored_matrices
-from cierzo.engine.weights.plan import ParameterPlan, plan_parameters
+from cierzo.engine.weights.plan import ParameterPlan, plan_parameters, sees, vision_left_aside
 from cierzo.engine.weights.quantised import StoredParameter
 from cierzo.engine.weights.reader import CheckpointReader, Range
 
@@ -33,9 +33,9 @@ def load_parameters(
 ) -> dict[str, Parameter]:
     """Load every parameter in `specs`, this rank's slice of it, as `dtype` on `device`.
 
-    Names are the text-only spelling (`model.layers.0...`, `lm_head.weight`), whatever the checkpoint's is. Vision
-    tensors are skipped, and scales of activations used on GPUs alone; their numbers are logged. Only this rank's
-    slices are read.
+    Names are the text-only spelling (`model.layers.0...`, `lm_head.weight`), whatever the checkpoint's is, and
+    `vision_tower...`. A vision tower that `specs` has not is skipped, and scales of activations are used on GPUs
+    alone; their numbers are logged. Only this rank's slices are read.
     A parameter that is quantised, stored expert by expert or in another order is a StoredParameter, whose values
     are computed when it is packed. On the CPU any other whose dtype agrees aliases the mapped file, so that loading
     costs nothing until it is touched: parameters must not be written to. A parameter that is tied to another is
@@ -45,10 +45,10 @@ def load_parameters(
     Raises CheckpointError naming the tensor, and what was expected and found, when one is missing, left over, of
     another shape or of no dtype that fits; ValueError when a shape does not divide among `world` ranks.
     """
-    mapped = map_names(reader.tensors, reader.format)
+    mapped = map_names(reader.tensors, reader.format, sees(specs))
     plans = plan_parameters(reader.tensors, specs, mapped)
     plans = {name: plan for name, plan in plans.items() if not _is_twin(reader, plans, name, dtype)}
-    _log_skipped(reader, mapped)
+    _log_skipped(reader, mapped, vision_left_aside(mapped, specs))
     total_bytes, done_bytes = sum(plan.num_bytes for plan in plans.values()), 0
     parameters: dict[str, Parameter] = {}
     for name, plan in plans.items():
@@ -118,7 +118,7 @@ def _is_twin(reader: CheckpointReader, plans: Mapping[str, ParameterPlan], name:
     return False
 
 
-def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
+def _log_skipped(reader: CheckpointReader, mapped: NameMap, vision: list[str]) -> None:
     adapters = adapter_files(reader.folder)
     if adapters:
         _log.warning(
@@ -127,9 +127,9 @@ def _log_skipped(reader: CheckpointReader, mapped: NameMap) -> None:
         )
     for note in reader.format.quantisation.notes():
         _log.info("%s: %s", reader.folder, note)
-    if mapped.vision:
-        num_bytes = sum(reader.tensors[name].num_bytes for name in mapped.vision)
-        _log.warning("%s: %s", reader.folder, left_aside(len(mapped.vision), num_bytes))
+    if vision:
+        num_bytes = sum(reader.tensors[name].num_bytes for name in vision)
+        _log.warning("%s: %s", reader.folder, left_aside(len(vision), num_bytes))
     skipped = sum("activation scale" in roles for roles in mapped.companions.values())
     if skipped:
         _log.info(

@@ -36,6 +36,7 @@ class PackedMatrices:
         self._plain = PLAIN_FORMATS[dtype]
         variant = weights if dtype == torch.bfloat16 else f"{weights}-{self._plain}"
         self._store = PackedStore(reader, variant, cache_dir, dtype=dtype)
+        self._tower = PackedStore(reader, f"vision-{self._plain}", cache_dir, dtype=dtype)  # alike for all formats
 
     def tensor(self, stored: Parameter) -> Tensor:
         """The tensor itself: it lies where the kernels read it."""
@@ -43,11 +44,14 @@ class PackedMatrices:
 
     def matrix(self, request: MatrixRequest) -> PackedMatrix:
         """See MatrixSource."""
-        return self._store.matrix(request, self._weights.of(request.role, "cpu", self._plain))
+        store = self._tower if request.role == "vision" else self._store
+        return store.matrix(request, self._weights.of(request.role, "cpu", self._plain))
 
     def fill(self, progress: Progress | None = None) -> str:
         """Map the packed weights, or pack them first; says in a line what was done. Raises CheckpointError."""
-        return self._store.fill(progress)
+        tower = self._tower.num_bytes > 0
+        told = self._store.fill(progress)
+        return f"{told}; vision tower: {self._tower.fill(progress)}" if tower else told
 
 
 class DeviceMatrices:

@@ -5,15 +5,16 @@ Every parameter has its tensors, of the right shape and dtype, and no tensor is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from cierzo.engine.checkpoint_format import TEXT_ONLY
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import ParameterSpec
 from cierzo.engine.quantisation import WeightGroup
 from cierzo.engine.weights.companions import PACKED, Role, companion, without_ending
 from cierzo.engine.weights.headers import FLOAT_DTYPES, TensorInfo
-from cierzo.engine.weights.names import NameMap, plain_name
+from cierzo.engine.weights.names import PATCHES, VISION, NameMap, plain_name
 from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 
 E4M3 = "F8_E4M3"
@@ -82,16 +83,28 @@ def plan_parameters(
     absent = [name for name in specs if name not in mapped.whole and name not in mapped.experts]
     missing = [name for name in absent if specs[name].tied_to is None]
     if missing:
-        raise CheckpointError(f"tensor {missing[0]} is missing{_others(missing)}", field=missing[0])
+        remedy = f"; {TEXT_ONLY}" if missing[0].startswith(VISION) else ""
+        raise CheckpointError(f"tensor {missing[0]} is missing{_others(missing)}{remedy}", field=missing[0])
     planner = _Planner(tensors, mapped)
     plans = {name: planner.parameter(name, spec) for name, spec in specs.items() if name not in absent}
-    used = {tensor.name for plan in plans.values() for tensor in plan.tensors} | {*mapped.vision, *mapped.ignored}
+    used = {tensor.name for plan in plans.values() for tensor in plan.tensors} | {*mapped.ignored}
+    used |= set(vision_left_aside(mapped, specs))
     left_over = [name for name in tensors if name not in used]
     if left_over:
         raise CheckpointError(
             f"tensor {left_over[0]} has no place in this model{_others(left_over)}", field=left_over[0]
         )
     return plans
+
+
+def sees(specs: Container[str]) -> bool:
+    """Whether a model with these parameters has a vision tower."""
+    return PATCHES in specs
+
+
+def vision_left_aside(mapped: NameMap, specs: Container[str]) -> list[str]:
+    """The tensors of a vision tower that a model without one does not use; empty where the model has it."""
+    return [] if sees(specs) else mapped.vision
 
 
 class _Planner:

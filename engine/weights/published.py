@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cierzo.engine.errors import refusal
 from cierzo.engine.weights.companions import PACKED, companion
 from cierzo.engine.weights.names import native_name
 from cierzo.engine.weights.shapes import Shape, Small4Shape
+from cierzo.engine.weights.vision_shapes import VisionShape
 from cierzo.engine.weights.writer import TensorPlan
 from cierzo.kernels.formats.nvfp4 import GROUP as SCALE_GROUP
 from cierzo.kernels.formats.nvfp4 import LARGEST_SCALE_CODE
@@ -50,17 +52,31 @@ def check_format(name: str, shape: Shape, dtype: str) -> CheckpointFormat:
     return format
 
 
-def tensor_plans(shape: Shape, format: CheckpointFormat, stored: str) -> list[TensorPlan]:
-    """Every tensor of the checkpoint; `stored`: the safetensors dtype of those that are not quantised."""
+def tensor_plans(
+    shape: Shape, format: CheckpointFormat, stored: str, vision: VisionShape | None = None
+) -> list[TensorPlan]:
+    """Every tensor of the checkpoint; `stored`: the safetensors dtype of those that are not quantised, which all of
+    the vision tower's are."""
     parts = (part for name, sizes in shape.tensors() for part in apart(name, sizes, format))
-    return [plan for name, sizes in parts for plan in _plans(name, sizes, format, stored)]
+    plans = [plan for name, sizes in parts for plan in _plans(name, sizes, format, stored)]
+    if vision is None:
+        return plans
+    tower = vision.tensors(shape.hidden_size)
+    if format.layout == "native":
+        return plans + [TensorPlan(native_name(name), sizes, stored) for name, sizes in tower]
+    plans = [replace(plan, name=f"language_model.{plan.name}") for plan in plans]
+    return plans + [TensorPlan(name, sizes, stored) for name, sizes in tower]
 
 
-def config_file(shape: Shape, format: CheckpointFormat, dtype: str) -> dict[str, Any]:
+def config_file(
+    shape: Shape, format: CheckpointFormat, dtype: str, vision: VisionShape | None = None
+) -> dict[str, Any]:
     """config.json or params.json."""
     config = shape.config(dtype)
     if format.layout == "native":
-        return native_params(config) | _native_quantisation(format)
+        seen = {} if vision is None else {"vision_encoder": vision.encoder()}
+        return native_params(config) | seen | _native_quantisation(format)
+    config = config if vision is None else vision.around(config)
     if format.scheme == "fp8":
         config["quantization_config"] = {
             "activation_scheme": "static",
@@ -137,7 +153,7 @@ def _values(plan: TensorPlan, size: int, expert: int, seed: int, generator: torc
     elif name.endswith(_SCALE_ENDINGS):
         owner = _owner(name)
         values = torch.tensor([_step(seed, owner, number) for number in range(size)])
-    elif name.endswith("norm.weight"):  # layernorm.weight too
+    elif name.endswith(("norm.weight", "ln_pre.weight")):  # layernorm.weight too
         values = torch.ones(size)
     else:
         values = torch.empty(size).normal_(0.0, WEIGHT_STD, generator=generator)

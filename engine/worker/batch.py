@@ -14,12 +14,13 @@ The block table stays between steps: row = slot of a sequence, entry j = its blo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import PENDING, SeqPlan, StepPlan
 
 Int32 = NDArray[np.int32]
@@ -51,7 +52,9 @@ class Batch:
     `sample_rows` int64[M]: row in T whose logits are wanted; `sample_seqs` list[M]: index in `plan.seqs`.
     `block_tables` int32[max_running, W]; entries beyond a sequence's blocks may be anything. `changed_rows`: those
     that differ from the batch before. `pending_rows`, `pending_slots` int64[J]: rows in T whose token is the one
-    that the step before chose for the sequence in a slot; `token_ids` holds nothing of use there.
+    that the step before chose for the sequence in a slot; `token_ids` holds nothing of use there. `image_rows`
+    int64[I]: rows in T that take an embedding of an image in the place of their token's, those of `image_parts` one
+    after the other: (image, first, last + 1), of its embeddings.
     """
 
     token_ids: Int64
@@ -66,6 +69,8 @@ class Batch:
     changed_rows: list[int]
     pending_rows: Int64
     pending_slots: Int64
+    image_rows: Int64 = field(default_factory=lambda: _NOTHING)
+    image_parts: list[tuple[Image, int, int]] = field(default_factory=list)
 
 
 class _Group:
@@ -129,13 +134,15 @@ class BatchBuilder:
         expanded, absorbed = self._expanded, self._absorbed
         expanded.clear()
         absorbed.clear()
-        changed_rows = []
+        changed_rows, with_images = [], []
         for seq in plan.seqs:
             if seq.new_block_ids or seq.admission is not None:
                 self._extend_table(seq)
                 changed_rows.append(seq.slot)
             start, tokens = seq.start, seq.token_ids
             prompt_tokens = seq.num_prompt_tokens - start
+            if seq.images:
+                with_images.append((seq, len(expanded.tokens)))
             if prompt_tokens <= 0:
                 absorbed.add(seq.slot, start, tokens)
             elif prompt_tokens >= len(tokens):
@@ -149,6 +156,7 @@ class BatchBuilder:
         self._fill_rows(num_tokens)
         sample_rows, sample_seqs = self._samples(plan, segments, num_expanded)
         pending = self._pending(num_tokens) if plan.ahead else (_NOTHING, _NOTHING)
+        image_rows, image_parts = _images(with_images) if with_images else (_NOTHING, [])
         return Batch(
             token_ids=self._token_ids[:num_tokens],
             positions=self._positions[:num_tokens],
@@ -162,6 +170,8 @@ class BatchBuilder:
             changed_rows=changed_rows,
             pending_rows=pending[0],
             pending_slots=pending[1],
+            image_rows=image_rows,
+            image_parts=image_parts,
         )
 
     def extend_table(self, slot: int, block_ids: list[int]) -> None:
@@ -226,3 +236,17 @@ class BatchBuilder:
         sample_rows = self._sample_rows[: len(rows)]
         sample_rows[:] = rows
         return sample_rows, seqs
+
+
+def _images(seqs: list[tuple[SeqPlan, int]]) -> tuple[Int64, list[tuple[Image, int, int]]]:
+    """Rows that take embeddings, and which. seqs: each with the row of its first token."""
+    rows: list[Int64] = []
+    parts: list[tuple[Image, int, int]] = []
+    for seq, first_row in seqs:
+        for image in seq.images:
+            first, last = image.embeddings(seq.start, seq.start + len(seq.token_ids))
+            numbers = np.arange(first, last)
+            row_ends = numbers // image.columns  # tokens that end a row, before each
+            rows.append(numbers + row_ends + (image.offset - seq.start + first_row))
+            parts.append((image, first, last))
+    return np.concatenate(rows), parts

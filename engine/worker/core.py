@@ -12,13 +12,15 @@ import msgspec
 from cierzo.cache.manager import KVCacheManager
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.environment import spin_briefly
-from cierzo.engine.messages import Abort, CoreStats, Finish, Submit, TokenDelta, Vocabulary
+from cierzo.engine.messages import Abort, CoreStats, Finish, Pixels, Submit, TokenDelta, Vocabulary
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.fake import FakeRunner
 from cierzo.engine.worker.grammars import POLL_S, Makers
+from cierzo.engine.worker.images import PixelStore
 from cierzo.engine.worker.step_cost import StepTimes
 from cierzo.kernels.fault import DeviceFault
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest, QueueFull, Request
 from cierzo.scheduler.scheduler import Scheduler
@@ -78,6 +80,7 @@ class EngineCore:
         )
         self._runner = make_runner(config) if runner is None else runner
         self._makers = Makers()
+        self._pixels = PixelStore()
         self.observe: Callable[[StepPlan], None] = _ignore  # called with each step's plan before it is launched
         self.released: Callable[[int], None] = _ignore  # called with each request whose grammar is made
 
@@ -124,16 +127,26 @@ class EngineCore:
         """Whether it was told the tokens that grammars are about."""
         return self._makers.has_vocabulary
 
+    def pixels(self, piece: Pixels) -> None:
+        """Take some of the pixels of a request that comes next."""
+        self._pixels.take(piece)
+
     def submit(self, submit: Submit) -> None:
         """Take a request, one sequence per sample. One with a grammar is held until that is made.
 
         A sample ends as failed at once if the queue is full, and for what validation should have caught: no seed,
-        an empty prompt, one longer than max_model_len. Raises DuplicateRequest for one that is alive already.
+        an empty prompt, one longer than max_model_len, pixels that are missing. Raises DuplicateRequest for one
+        that is alive already.
         """
         prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
         banned = tuple(map(tuple, submit.banned_token_ids))
         sampling, first = submit.sampling, submit.first_sample
         making = self._makers.open(submit) if submit.grammar else None
+        images, lack = tuple[Image, ...](), ""
+        try:
+            images = self._pixels.images(submit) if submit.images else ()
+        except ValueError as error:
+            lack = str(error)
         for sample in range(first, first + submit.sampling.n):
             new = NewRequest(
                 request_id=submit.request_id,
@@ -152,12 +165,15 @@ class EngineCore:
                 salt=submit.cache_salt,
                 num_scored=submit.num_scored,
                 constraint=None if making is None else making.constraints[sample - first],
+                images=images,
             )
             if sampling.prompt_logprobs is not None:  # the first sample's are those of all
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
             try:
                 if making is not None and not self.has_vocabulary:
                     raise ValueError("grammar: the core knows no vocabulary")
+                if lack:
+                    raise ValueError(lack)
                 self._scheduler.add(new)
             except QueueFull as error:
                 self._refused.append(_refusal(new, f"overloaded: {error}"))

@@ -1,14 +1,16 @@
 """A runner without a model: the next token is a function of what it reads back through the block table.
 
 It writes a word per token into a "cache" of numpy, at the batch's cache slots, as a model writes keys and values.
-A word mixes the token, its position and its form, so that a wrong block, a stale entry, a wrong position or a
-prompt token that was computed as a generated one changes what follows. No torch here.
+A word mixes the token, its position and its form, and where an image stands its digest and which of its embeddings
+it is, so that a wrong block, a stale entry, a wrong position, another image or a prompt token that was computed as
+a generated one changes what follows. No torch here.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Literal
 
 import msgspec
@@ -21,8 +23,10 @@ from cierzo.engine.model.config import GqaConfig, ModelConfig
 from cierzo.engine.model.rope_config import RopeConfig
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.grammars import Constraint, await_masks, follow_all
+from cierzo.engine.worker.images import Embeddings
 from cierzo.engine.worker.masks import NOTHING_LEFT, Masks
 from cierzo.scheduler.config import SchedulerConfig
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import (
     Admission,
     GrammarState,
@@ -112,7 +116,9 @@ class FakeRunner:
         max_running: int,
         reads: Literal["context", "last"] = "context",
         script: Script | None = None,
+        image_stages: int = 1,
     ) -> None:
+        self._image_stages = image_stages
         self.experts = None  # it has none
         self._vocab_size = np.uint64(vocab_size)
         self._block_tokens = block_tokens
@@ -125,9 +131,15 @@ class FakeRunner:
         self._masked: dict[int, tuple[Admission, list[int]]] = {}  # by slot, of who has masks; and its output
         self._late_slots: set[int] = set()  # for which the last step chose nothing
         self._results: deque[StepResult] = deque()
+        self.towers: list[bytes] = []  # digests of the images that were made
+        self._embeddings = Embeddings(self._embed)
 
     def launch(self, plan: StepPlan, batch: Batch) -> None:
         """Write the step's tokens to the cache and choose the next ones."""
+        if plan.kept is not None:
+            self._embeddings.keep(plan.kept)
+        for image, stages in plan.begun:
+            self._embeddings.advance(image, stages)
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._admit(seq)
@@ -167,8 +179,19 @@ class FakeRunner:
         if Masks.of(seq.admission) is not None or seq.admission.constraint is not None:
             self._masked[seq.slot] = seq.admission, [*seq.admission.output_token_ids]
 
+    def _embed(self, image: Image) -> Iterator[Words | None]:
+        """Words in the place of an image's embeddings: of its digest, and of their number."""
+        for _ in range(self._image_stages - 1):
+            yield None
+        self.towers.append(image.digest)
+        digest = np.frombuffer(blake2b(image.digest, digest_size=8).digest(), np.uint64)
+        yield mix(digest + np.arange(image.num_embeddings, dtype=np.uint64))
+
     def _write(self, batch: Batch) -> None:
         words = mix(batch.token_ids.astype(np.uint64)) + mix(batch.positions.astype(np.uint64) << _ONE)
+        if batch.image_parts:
+            parts = [self._embeddings.of(image)[first:last] for image, first, last in batch.image_parts]
+            words[batch.image_rows] ^= np.concatenate(parts)
         words[: batch.num_expanded] += _ONE  # the form belongs to the token
         self._cache[batch.cache_slots] = mix(words)
 

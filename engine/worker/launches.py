@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from cierzo.cache.pool import DTYPES, KVPool
 from cierzo.engine.config import EngineConfig
+from cierzo.engine.model import vision
 from cierzo.engine.model.build import build_model
+from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.decoder import Decoder
 from cierzo.engine.model.positions import Positions
-from cierzo.engine.parameters import Parameter, Shard
+from cierzo.engine.parameters import Parameter, Parameters, PlainMatrices, Shard
 from cierzo.engine.weights.matrices import DeviceMatrices
 from cierzo.engine.worker.grammars import Constraint, Makers
 from cierzo.engine.worker.sampling import Sampler
@@ -74,9 +77,28 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
             found += dry_run(_head, model.weights, count)
         for admissions in _samplings():
             found += dry_run(_sample, admissions, config.model.vocab_size)
+        found += _of_images(config.model, DTYPES[config.dtype])
     kernels = {one.kernel.name: one.kernel for one in found if isinstance(one.kernel, Kernel)}
     configurations = {one.kernel.key: one.kernel for one in found if isinstance(one.kernel, Configuration)}
     return Launches([*configurations.values()], [*kernels.values()])
+
+
+def _of_images(model: ModelConfig, dtype: torch.dtype) -> Iterator[Launch]:
+    """Launches of the vision tower, if there is one: of images of as many tokens as tell all that numbers decide.
+    Its weights are plain, and its layers alike."""
+    if model.vision is None:
+        return
+    one_layer = msgspec.structs.replace(model.vision, num_layers=1)
+    stored = {
+        name: torch.empty(spec.shape, dtype=dtype, device=META)
+        for name, spec in vision.specs(one_layer, model.hidden_size).items()
+    }
+    matrices = PlainMatrices(META)
+    tower = vision.build(msgspec.structs.replace(model, vision=one_layer), Parameters(stored, matrices))
+    assert tower is not None
+    unit = one_layer.unit_px
+    for count in telling((one_layer.max_side_px // unit) ** 2):
+        yield from dry_run(tower.embed, torch.empty(count * unit, unit, 3, device=META))
 
 
 def _head(weights: DecoderWeights, count: int) -> None:

@@ -22,6 +22,7 @@ from cierzo.engine.messages import (
     Abort,
     CoreError,
     CoreStats,
+    Pixels,
     Ready,
     Shutdown,
     StepOutput,
@@ -90,6 +91,8 @@ class CoreLoop:
             match command:
                 case Vocabulary():
                     core.vocabulary(command)
+                case Pixels():
+                    core.pixels(command)
                 case Submit():
                     core.submit(command)
                 case Abort():

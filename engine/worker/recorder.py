@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from cierzo.cache.hashing import TOKEN_BYTES, pack_tokens
+from cierzo.cache.images import ImageSpan, marks
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.flight import (
     DIGEST_BYTES,
@@ -43,6 +44,8 @@ from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, T
 from cierzo.engine.server_process import private
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.grammars import Constraint
+from cierzo.engine.worker.images import spanned
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -71,8 +74,9 @@ class PieceDigests:
         self._keyed = blake2b(key=secrets.token_bytes(32), digest_size=DIGEST_BYTES)
         self._block_bytes = block_tokens * TOKEN_BYTES
 
-    def of(self, prompt: Sequence[int], output: Sequence[int]) -> bytes:
-        """Digests of prompt and output, cut at multiples of a block and where the output begins."""
+    def of(self, prompt: Sequence[int], output: Sequence[int], images: Sequence[ImageSpan] = ()) -> bytes:
+        """Digests of prompt and output, cut at multiples of a block and where the output begins. images: of the
+        prompt, without which tokens that stand for them are all equal."""
         packed, size = pack_tokens(prompt), self._block_bytes
         end = len(packed)
         cuts = [*range(0, end, size), end]
@@ -83,6 +87,8 @@ class PieceDigests:
         for start, stop in itertools.pairwise(cuts):
             state = copy()
             state.update(packed[start:stop])
+            if images:
+                state.update(marks(images, start // TOKEN_BYTES, stop // TOKEN_BYTES))
             found.append(state.digest())
         return b"".join(found)
 
@@ -95,7 +101,7 @@ class PieceDigests:
         return state.digest()
 
     def of_salt(self, salt: bytes) -> bytes:
-        """Digest of a salt of the prefix cache."""
+        """Digest of a salt of the prefix cache, or of an image's digest."""
         state = self._keyed.copy()
         state.update(salt)
         return state.digest()
@@ -148,6 +154,7 @@ class Recorder:
             case Submit():
                 self._write_vocabulary(command.grammar)
                 prompt, output = command.prompt_token_ids, command.output_token_ids
+                images = [spanned(image) for image in command.images]
                 record: Record = Submitted(
                     readings=self._readings.times,
                     request_id=command.request_id,
@@ -159,7 +166,7 @@ class Recorder:
                     deadline_at_s=command.deadline_at_s,
                     first_sample=command.first_sample,
                     tokens=[*prompt, *output] if self._with_prompts else None,
-                    pieces=b"" if self._with_prompts or not self.is_on else self._pieces.of(prompt, output),
+                    pieces=b"" if self._with_prompts or not self.is_on else self._pieces.of(prompt, output, images),
                     thinking=command.thinking,
                     banned=command.banned_token_ids if self._with_prompts else [],
                     banned_digest=self._bounds_digest(command.banned_token_ids, command.grammar),
@@ -169,6 +176,7 @@ class Recorder:
                     num_scored=command.num_scored,
                     grammar=command.grammar if self._with_prompts else "",
                     is_held=bool(command.grammar),
+                    images=self._shown_images(images),
                 )
             case Abort():
                 record = Aborted(
@@ -298,7 +306,7 @@ class Recorder:
                 arrival_s=request.arrived_at,
                 deadline_at_s=new.deadline_at_s,
                 tokens=tokens if self._with_prompts and has_room else None,
-                pieces=self._pieces.of(tokens[:num_prompt], tokens[num_prompt:])
+                pieces=self._pieces.of(tokens[:num_prompt], tokens[num_prompt:], new.images)
                 if has_room and not self._with_prompts
                 else b"",
                 thinking=new.thinking,
@@ -310,6 +318,7 @@ class Recorder:
                 num_scored=request.num_scored,
                 grammar=grammar,
                 is_held=request.is_held,
+                images=self._shown_images(new.images),
             )
             self._append(packed(record))
 
@@ -327,6 +336,10 @@ class Recorder:
     def _shown_salt(self, salt: bytes) -> bytes:
         """Tell salts apart; whoever knows one could probe the cache for prompts."""
         return salt if self._with_prompts or not salt else self._pieces.of_salt(salt)
+
+    def _shown_images(self, images: Sequence[Image]) -> list[tuple[int, int, int, bytes]]:
+        """Tell images apart; their own digests would tell which known image one is."""
+        return [(image.offset, image.rows, image.columns, self._pieces.of_salt(image.digest)) for image in images]
 
     def _shown(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling parameters without text of the user's, unless prompts are recorded; the core needs none."""

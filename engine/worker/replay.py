@@ -38,6 +38,7 @@ from cierzo.engine.flight import (
 from cierzo.engine.messages import Abort, Submit, TokenDelta
 from cierzo.engine.signs import SignsPage
 from cierzo.engine.worker.core import EngineCore, Runner
+from cierzo.engine.worker.images import blank
 from cierzo.scheduler.plan import StepPlan
 from cierzo.scheduler.request import DuplicateRequest
 
@@ -146,6 +147,8 @@ class Replay:
         self._clock = RecordedClock(self._records)
         self._core = EngineCore(self.config, runner, self._clock)
         self._core.observe = self._compare
+        vision = getattr(self.config.model, "vision", None)
+        self._unit = 1 if vision is None else vision.patch * vision.merge
         self._expected: Step | None = None
         self._num_seqs = 0
         self._tokens: dict[tuple[int, int], tuple[list[int], list[int]]] = {}  # recorded, and chosen now
@@ -153,7 +156,7 @@ class Replay:
 
     @property
     def made_up(self) -> set[int]:
-        """Requests whose tokens are not in the record."""
+        """Requests whose tokens, or images, are not in the record."""
         return self._made_up.request_ids
 
     def run(self) -> None:
@@ -191,6 +194,9 @@ class Replay:
         if tokens is None:  # as many others, of a request that ends where the record says
             tokens = self._made_up.tokens(record)
             sampling = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
+        elif record.images:  # the answer is another one, as the images are
+            self._made_up.request_ids.add(record.request_id)
+            sampling = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
         submit = Submit(
             request_id=record.request_id,
             prompt_token_ids=tokens[: record.num_prompt],
@@ -207,6 +213,7 @@ class Replay:
             cache_salt=record.salt,
             num_scored=record.num_scored,
             grammar=record.grammar,
+            images=[blank(*image, self._unit) for image in record.images],
         )
         if record.is_held:
             if submit.arrival_s is None:
@@ -304,6 +311,8 @@ class Replay:
                 "token ids were not recorded (--record-prompts): prompts and answers are made up, of the same "
                 "lengths and equal where the recorded ones were"
             )
+        if any(isinstance(record, Submitted | Open) and record.images for record in self._records):
+            lines.append("images were not recorded: blank ones of their sizes stand in their places")
         if not self.is_whole:
             count = sum(isinstance(record, Open) for record in self._records)
             lines.append(

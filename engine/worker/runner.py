@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from cierzo.engine.worker.batch import Batch
 from cierzo.engine.worker.choosing import Choosing
 from cierzo.engine.worker.experts import ExpertCounter
 from cierzo.engine.worker.graphs import DecodeGraphs, Model, cuda_recorder
+from cierzo.engine.worker.images import Embeddings
 from cierzo.engine.worker.progress import loading_progress
 from cierzo.engine.worker.sampling import NOT_FINITE, Sampled, Sampler
 from cierzo.engine.worker.scoring import Scorer, Scores
@@ -40,12 +42,16 @@ from cierzo.kernels.fault import watching
 from cierzo.kernels.formats.packed import PLAIN_FORMATS
 from cierzo.kernels.ops.block import StepRows
 from cierzo.kernels.registry import KernelChoiceError, bind
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import PENDING, StepPlan, StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
     from cierzo.engine.worker.warm import Compilation
 
 log = logging.getLogger(__name__)
+
+# Pixels, fp32 [H unit, W unit, 3] -> None for each stage but the last one, which gives embeddings [H W, hidden].
+Tower = Callable[[Tensor], Iterator[Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class ModelRunner:
     staged: batches are copied to the device in one piece, instead of being read where they lie. graphs: for decode
     steps; needs `staged`, whose block tables stay where they are. overlap: a step may be launched before the one
     before is collected; else its tokens are chosen in `collect`. experts: counts those of every step collected.
+    tower: sees the images of prompts, each alone, so that its bits depend on nothing else; None: there are none.
     """
 
     def __init__(
@@ -84,8 +91,11 @@ class ModelRunner:
         graphs: DecodeGraphs | None = None,
         overlap: bool = False,
         experts: ExpertCounter | None = None,
+        tower: Tower | None = None,
     ) -> None:
         self.experts = experts
+        self._tower = tower
+        self._embeddings = Embeddings(self._embed)
         self._overlap = overlap
         self._model = model
         self._kv = kv
@@ -94,14 +104,17 @@ class ModelRunner:
         self._staging = None if staged is None else Staging(torch.device(device))
         self._max_running = max_running
         later = None if staged is None else Staging(torch.device(device))
+        self._pixels = None if staged is None else Staging(torch.device(device))
         self._sampler = Sampler(max_running, device, self._staging, later)
         self._scorer = Scorer(None if staged is None else Staging(torch.device(device)))
         self._steps: deque[_Step] = deque()
         self._description = description
 
     @classmethod
-    def of(cls, config: EngineConfig, model: Model, kv: KVPool, description: str = "") -> ModelRunner:
-        """The runner of a model on the configuration's device."""
+    def of(
+        cls, config: EngineConfig, model: Model, kv: KVPool, description: str = "", tower: Tower | None = None
+    ) -> ModelRunner:
+        """The runner of a model on the configuration's device. tower: by default the model's own, if it has one."""
         device, limits, staged, graphs = torch.device(config.device), config.scheduler, None, None
         by_name = config.kernels.implementations
         host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
@@ -127,6 +140,7 @@ class ModelRunner:
             graphs=graphs,
             overlap=config.overlap,
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
+            tower=tower or _tower_of(model),
         )
 
     def prepare(self, config: EngineConfig, compilation: Compilation) -> None:
@@ -158,6 +172,10 @@ class ModelRunner:
             self._launch(plan, batch)
 
     def _launch(self, plan: StepPlan, batch: Batch) -> None:
+        if plan.kept is not None:
+            self._embeddings.keep(plan.kept)
+        for image, stages in plan.begun:
+            self._embeddings.advance(image, stages)
         for seq in plan.seqs:
             if seq.admission is not None:
                 self._sampler.admit(seq.slot, seq.key[1], seq.admission)
@@ -187,7 +205,19 @@ class ModelRunner:
         if self.experts is not None:
             shape = (len(self.experts.layers), len(batch.token_ids), self.experts.top_k)
             rows = replace(rows, expert_ids=rows.token_ids.new_empty(shape))
+        if batch.image_parts:
+            parts = [self._embeddings.of(image)[first:last] for image, first, last in batch.image_parts]
+            rows = replace(rows, image_embeddings=torch.cat(parts))
         return rows, sample_rows
+
+    def _embed(self, image: Image) -> Iterator[Tensor | None]:
+        """Take an image through the tower's stages. Raises ValueError for a model that takes no images."""
+        if self._tower is None:
+            raise ValueError("the model takes no images")
+        pixels = image.pixels
+        values = np.frombuffer(pixels.data, np.float32)
+        flat = torch.from_numpy(values) if self._pixels is None else self._pixels.to_device([values])[0]
+        return self._tower(flat.view(pixels.rows * pixels.unit, pixels.columns * pixels.unit, 3))
 
     def _counting(self, rows: StepRows) -> Callable[[], None] | None:
         """Begin to bring a step's experts to the host; the function waits for them and counts them."""
@@ -259,6 +289,14 @@ class ModelRunner:
     def describe(self) -> str:
         """The kernels in force, as printed at start."""
         return self._description
+
+
+def _tower_of(model: Model) -> Tower | None:
+    """The tower of a model that has one."""
+    tower = getattr(model, "tower", None)
+    if tower is None or hasattr(tower, "stages"):
+        return getattr(tower, "stages", None)
+    return lambda pixels: iter([tower.embed(pixels)])
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

@@ -4,7 +4,7 @@ What a step changes is small, but for the block tables: a table of 262,144 token
 sequences have 8 MB. So a device keeps the tables, and only the rows that have changed are copied, in one piece with
 the batch:
 
-    staged   token_ids | positions | cache_slots | sample_rows | expanded: starts, contexts, rows
+    staged   token_ids | positions | cache_slots | sample_rows | image_rows | expanded: starts, contexts, rows
              | absorbed: the same | pending rows, slots | changed rows of the block tables
 """
 
@@ -33,13 +33,14 @@ def rows_in_place(batch: Batch) -> tuple[StepRows, Tensor]:
 def _arrays(batch: Batch) -> list[NDArray[Any]]:
     """The arrays that `_rows` takes as tensors."""
     arrays: list[NDArray[Any]] = [batch.token_ids, batch.positions, batch.cache_slots, batch.sample_rows]
+    arrays.append(batch.image_rows)
     for group in (batch.expanded, batch.absorbed):
         arrays += [group.query_starts, group.context_lengths, group.table_rows]
     return arrays
 
 
 def _rows(batch: Batch, tensors: Sequence[Tensor], tables: Tensor) -> tuple[StepRows, Tensor]:
-    token_ids, positions, cache_slots, sample_rows, *segments = tensors
+    token_ids, positions, cache_slots, sample_rows, image_rows, *segments = tensors
     expanded, absorbed = (
         PagedQueries(starts, lengths, table_rows, tables, group.query_lengths, group.contexts)
         for group, (starts, lengths, table_rows) in (
@@ -47,7 +48,8 @@ def _rows(batch: Batch, tensors: Sequence[Tensor], tables: Tensor) -> tuple[Step
             (batch.absorbed, segments[3:]),
         )
     )
-    return StepRows(token_ids, positions, cache_slots, batch.num_expanded, expanded, absorbed), sample_rows
+    numbers = token_ids, positions, cache_slots
+    return StepRows(*numbers, batch.num_expanded, expanded, absorbed, image_rows=image_rows), sample_rows
 
 
 class DeviceRows:

@@ -215,6 +215,23 @@ struct GqaArgs {  // gqa_prefill, gqa_decode
     int32_t kv_format, dtype;
 };
 
+struct ImageAttentionArgs {  // image_attention; heads of a row lie side by side
+    const void* q;  // [T,H,d]
+    const void* keys;
+    const void* values;
+    int64_t rows, heads, width, q_stride, k_stride, v_stride;
+    void* out;  // [T,H,d]
+    float scale;
+    int32_t dtype;
+};
+
+struct GeluArgs {
+    const void* x;
+    int64_t rows, width, x_stride;
+    void* out;  // [rows, width]
+    int32_t dtype;
+};
+
 // Experts of a weight tensor -> a packed matrix (see formats/). `refused` becomes the place in [experts, n, k] of the
 // first weight that the format cannot hold, if there is one; the target's content is then undefined.
 struct PackArgs {
@@ -413,4 +430,7 @@ struct DecoderArgs {  // from token ids to logits
     const int64_t* logit_rows;  // null: all, in order
     int64_t logit_count;
     float* logits;  // [logit_count, head->n]
+    const int64_t* image_rows;  // rows that begin with these in the place of their tokens' embeddings
+    const void* image_embeddings;  // [image_count, hidden]
+    int64_t image_count;
 };

@@ -173,6 +173,20 @@ class GqaArgs(ctypes.Structure):
     ]
 
 
+class ImageAttentionArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields(
+        "p: q keys values | i64: rows heads width q_stride k_stride v_stride | p: out | f32: scale | i32: dtype"
+    )
+
+
+class GeluArgs(ctypes.Structure):
+    """As in abi.h."""
+
+    _fields_ = _fields("p: x | i64: rows width x_stride | p: out | i32: dtype")
+
+
 class PackArgs(ctypes.Structure):
     """As in abi.h."""
 
@@ -324,4 +338,7 @@ class DecoderModel(ctypes.Structure):
 class DecoderArgs(ctypes.Structure):
     """As in abi.h."""
 
-    _fields_ = _fields("p: model token_ids | i64: rows | p: step logit_rows | i64: logit_count | p: logits")
+    _fields_ = _fields(
+        "p: model token_ids | i64: rows | p: step logit_rows | i64: logit_count | p: logits image_rows"
+        "| p: image_embeddings | i64: image_count"
+    )

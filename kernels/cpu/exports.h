@@ -22,6 +22,7 @@
 #include "sample.h"
 #include "simd.h"
 #include "team.h"
+#include "vision.h"
 
 #define VISIBLE __attribute__((visibility("default")))
 #define JOIN(a, b, c) a##b##_##c
@@ -54,6 +55,8 @@ EXPORT_LIGHT(apply_penalties, PenaltiesArgs, apply_penalties, args->entries)
 EXPORT_LIGHT(mask_bits, MaskBitsArgs, mask_bits, args->entries * args->vocab)
 EXPORT(mla_prefill, MlaPrefillArgs, mla_prefill)
 EXPORT(gqa_prefill, GqaArgs, gqa_prefill)
+EXPORT(image_attention, ImageAttentionArgs, image_attention)
+EXPORT_LIGHT(gelu, GeluArgs, gelu, args->rows * args->width * 16)
 EXPORT(read_memory, ReadMemoryArgs, read_memory)
 EXPORT_LIGHT(write_latents, WriteLatentsArgs, write_latents, args->rows * (args->rank + args->rope))
 EXPORT_LIGHT(write_keys_values, WriteKeysValuesArgs, write_keys_values, args->rows * args->heads * args->width * 2)

@@ -9,6 +9,7 @@
 //     scores   keys (tokens)      x  queries (lanes)      -> weights [words of tokens][32 lanes]
 //     out      values (dims)      x  weights (lanes)      -> [value dims][32 lanes], floats
 //
+// Prompts see what stands before them; an image's patches see one another, each all of them (Problem::causal).
 // A lane is one query row of one query head; heads that share keys stand side by side. Softmax runs down the tokens,
 // lane by lane, in blocks at multiples of BLOCK tokens of the sequence. Each lane is a chain of its own: which lanes
 // stand beside it, in which panel it stands, and where its chunk began do not reach its bits. A token that a lane must
@@ -234,6 +235,7 @@ struct Problem {
     int64_t heads, group;
     PagedArgs paged;
     Shape shape;
+    bool causal = true;  // whether a row sees nothing of what follows it
 };
 
 // The lanes first_lane .. of some heads of a segment; lane = row of the segment * group + head within its group.
@@ -266,9 +268,10 @@ struct Runner {
         return work.lanes + (head * panels() + panel) * shape().lanes_words();
     }
     INLINE int64_t row_of(int64_t lane) const { return (item.first_lane + lane) / problem.group; }
-    INLINE int64_t position(int64_t lane) const {
+    INLINE int64_t position(int64_t lane) const {  // the last token that it sees
         const PagedArgs& paged = problem.paged;
-        return paged.context_lengths[item.segment] - segment_rows(paged, item.segment) + row_of(lane);
+        const int64_t context = paged.context_lengths[item.segment];
+        return problem.causal ? context - segment_rows(paged, item.segment) + row_of(lane) : context - 1;
     }
     INLINE int64_t last_lane(int64_t panel) const { return smaller(item.lanes, (panel + 1) * PANEL) - 1; }
 

@@ -7,15 +7,47 @@
 
 namespace {
 
+// Rows of keys and values of one head -> the panels that attention multiplies with.
 template <class T>
-class CachedKeysValues {
+class RowPanels {
    public:
-    CachedKeysValues(Team& team, const GqaArgs& args)
-        : args_(args),
-          row_words_(flash::round_up(flash::words<T>(args.width), LANES)),
+    RowPanels(Team& team, int64_t width)
+        : width_(width),
+          row_words_(flash::round_up(flash::words<T>(width), LANES)),
           rows_(team.own_scratch<flash::Word>(LANES * row_words_)) {
         std::memset(rows_, 0, size_t(LANES * row_words_) * sizeof(flash::Word));  // padding stays zero
     }
+
+    // The keys of tokens t .. t + 15 of a stretch, the first `valid` from row(i), the others zero.
+    template <class Row>
+    void put_keys(flash::Word* keys, int64_t t, int64_t valid, Row row) const {
+        flash::Word* panel = keys + t / flash::PANEL * row_words_ * flash::PANEL + t % flash::PANEL;
+        for (int64_t i = 0; i < valid; ++i) copy_run(row(i), width_, reinterpret_cast<T*>(rows_ + i * row_words_));
+        std::memset(rows_ + valid * row_words_, 0, size_t((LANES - valid) * row_words_) * sizeof(flash::Word));
+        for (int64_t column = 0; column < row_words_; column += LANES)
+            flash::transpose(rows_ + column, row_words_, panel + column * flash::PANEL, flash::PANEL);
+    }
+
+    template <class Row>
+    void put_values(flash::Word* values, int64_t t, int64_t valid, Row row) const {
+        for (int64_t i = 0; i < LANES; i += 2)
+            for (int64_t dim = 0; dim < width_; dim += LANES) {
+                const int n = int(smaller(LANES, width_ - dim));
+                flash::put<T>(values + dim / flash::PANEL * flash::Shape::values_stride<T>(), t + i,
+                              dim % flash::PANEL / LANES, i < valid ? ::load(row(i), dim, n) : zero(),
+                              i + 1 < valid ? ::load(row(i + 1), dim, n) : zero());
+            }
+    }
+
+   private:
+    const int64_t width_, row_words_;
+    flash::Word* rows_;
+};
+
+template <class T>
+class CachedKeysValues {
+   public:
+    CachedKeysValues(Team& team, const GqaArgs& args) : args_(args), panels_(team, args.width) {}
 
     int64_t most_heads() const { return args_.kv_heads; }
     int64_t expansion() const { return 16; }
@@ -49,36 +81,13 @@ class CachedKeysValues {
             const auto row = [&](const CachedRows& rows, int64_t i) {
                 return head_of<Cached>(rows.at(first_ + t + i) + head * head_bytes, args_.width);
             };
-            put_keys(keys + t / flash::PANEL * row_words_ * flash::PANEL + t % flash::PANEL, valid,
-                     [&](int64_t i) { return row(key_rows, i); });
-            put_values(values, t, valid, [&](int64_t i) { return row(value_rows, i); });
+            panels_.put_keys(keys, t, valid, [&](int64_t i) { return row(key_rows, i); });
+            panels_.put_values(values, t, valid, [&](int64_t i) { return row(value_rows, i); });
         }
     }
 
-    // 16 keys, the first `valid` from row(i), the others zero.
-    template <class Row>
-    void put_keys(flash::Word* panel, int64_t valid, Row row) const {
-        for (int64_t i = 0; i < valid; ++i)
-            copy_run(row(i), args_.width, reinterpret_cast<T*>(rows_ + i * row_words_));
-        std::memset(rows_ + valid * row_words_, 0, size_t((LANES - valid) * row_words_) * sizeof(flash::Word));
-        for (int64_t column = 0; column < row_words_; column += LANES)
-            flash::transpose(rows_ + column, row_words_, panel + column * flash::PANEL, flash::PANEL);
-    }
-
-    template <class Row>
-    void put_values(flash::Word* values, int64_t t, int64_t valid, Row row) const {
-        for (int64_t i = 0; i < LANES; i += 2)
-            for (int64_t dim = 0; dim < args_.width; dim += LANES) {
-                const int n = int(smaller(LANES, args_.width - dim));
-                flash::put<T>(values + dim / flash::PANEL * flash::Shape::values_stride<T>(), t + i,
-                              dim % flash::PANEL / LANES, i < valid ? ::load(row(i), dim, n) : zero(),
-                              i + 1 < valid ? ::load(row(i + 1), dim, n) : zero());
-            }
-    }
-
     const GqaArgs& args_;
-    const int64_t row_words_;
-    flash::Word* rows_;
+    const RowPanels<T> panels_;
     int64_t segment_ = 0, first_ = 0;
 };
 

@@ -5,11 +5,12 @@ needed. No torch here. A model's matrices are told apart by role:
 
     linear     products around attention and in a dense MLP      latent     MLA's expansions W_UK and W_UV
     experts    the MLPs of a mixture of experts                  router     chooses experts
-    head       the output head, lm_head
+    head       the output head, lm_head              vision     the tower that images pass through
 
-The router and MLA's expansions stay plain: they are a hundredth of the weights, the first decides which experts
-run, and the second multiply every cached token. lm_head has 8 bits at least: in 4, it alone raises the demo model's
-perplexity by 6 %. On a GPU the checkpoints' own formats run, in which the head is plain; in FP8 on demand.
+The router, MLA's expansions and the tower stay plain: they are a hundredth of the weights, the first decides which
+experts run, the second multiply every cached token, and no checkpoint quantises the third. lm_head has 8 bits at
+least: in 4, it alone raises the demo model's perplexity by 6 %. On a GPU the checkpoints' own formats run, in which
+the head is plain; in FP8 on demand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal
 
-MatrixRole = Literal["linear", "experts", "latent", "router", "head"]
+MatrixRole = Literal["linear", "experts", "latent", "router", "head", "vision"]
 FormatName = Literal["bf16", "fp8", "int8", "int4", "nvfp4"]  # what a user may choose
 HEAD_ON_CPU = "int8"
 
@@ -74,7 +75,7 @@ class NumberFormat:
 
         device: "cpu" or "cuda". plain: the format of the activations' dtype.
         """
-        if role in ("latent", "router") or self.name == plain:
+        if role in ("latent", "router", "vision") or self.name == plain:
             return plain
         if role == "head":
             return HEAD_ON_CPU if device == "cpu" else plain

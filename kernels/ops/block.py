@@ -37,7 +37,8 @@ class StepRows:
     block * S + offset is where row i's cache entry is written before anything reads it. num_expanded: rows of the
     first kind. expanded, absorbed: the segments of each kind, their rows counted from its first one. expert_ids:
     contiguous int64 [MoE layers,T,K], written: the experts that each of these layers chose for each row, best
-    first; None: not wanted.
+    first; None: not wanted. image_rows int64 [I], image_embeddings [I,D], contiguous, in the embedding's dtype:
+    rows of the first kind that begin with these in the place of their tokens' embeddings; None: no row does.
     """
 
     token_ids: Tensor
@@ -47,6 +48,8 @@ class StepRows:
     expanded: PagedQueries
     absorbed: PagedQueries
     expert_ids: Tensor | None = None
+    image_rows: Tensor | None = None
+    image_embeddings: Tensor | None = None
 
     @property
     def longest_context(self) -> int:
@@ -207,6 +210,17 @@ def decoder(weights: DecoderWeights, rows: StepRows, tables: PositionTables, log
     if rows.expert_ids is not None:
         top_ks = _top_ks(weights)
         moe.check_expert_ids("decoder", rows.expert_ids, len(top_ks), len(rows.token_ids), *top_ks[:1])
+    if rows.image_rows is not None and rows.image_embeddings is not None:
+        check.sizes(
+            "decoder",
+            image_rows=(rows.image_rows, "I"),
+            image_embeddings=(rows.image_embeddings, "I D"),
+            embedding=(weights.embedding, "N D"),
+        )
+        check.dtype("decoder", torch.int64, image_rows=rows.image_rows)
+        check.same_dtype("decoder", embedding=weights.embedding, image_embeddings=rows.image_embeddings)
+        contiguous = rows.image_embeddings.is_contiguous()
+        check.require("decoder", contiguous, "image_embeddings must be contiguous: they are read by rows")
     return bound.decoder(weights, rows, tables, logit_rows)
 
 

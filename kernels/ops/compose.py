@@ -233,6 +233,8 @@ def layers(
     """Run a decoder up to its head: the last block's result, and the residual stream before it. What ranks exchange
     is each block's sum of its own terms."""
     residual = functional.embedding(rows.token_ids, weights.embedding)
+    if rows.image_rows is not None and rows.image_embeddings is not None:
+        residual[rows.image_rows] = rows.image_embeddings
     x: Summands | None = None
     pages = iter(weights.pages)
     expert_ids = iter(() if rows.expert_ids is None else rows.expert_ids)

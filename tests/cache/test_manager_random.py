@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cierzo.cache.config import CacheConfig
 from cierzo.cache.hashing import BlockHasher
+from cierzo.cache.images import ImageSpan
 from cierzo.cache.manager import KVCacheManager, SequenceBlocks
 
-Content = tuple[tuple[int, ...], int]  # all tokens up to here, and how many of them are prompt
+Pixel = tuple[bytes, int] | None  # of an image, by its digest, the token of this number
+Content = tuple[tuple[int, ...], int, tuple[Pixel, ...]]  # all tokens up to here, how many are prompt, their images
 
 
 class WeakHasher(BlockHasher):
@@ -21,9 +24,11 @@ class WeakHasher(BlockHasher):
         super().__init__(b"")
         self._mask = (1 << bits) - 1
 
-    def digest(self, parent: bytes, packed: bytes, num_prompt_tokens: int, salt: bytes) -> bytes:
+    def digest(
+        self, parent: bytes, packed: bytes, num_prompt_tokens: int, salt: bytes, images: bytes = b""
+    ) -> bytes:
         """The digest's last bits."""
-        whole = super().digest(parent, packed, num_prompt_tokens, salt)
+        whole = super().digest(parent, packed, num_prompt_tokens, salt, images)
         return (int.from_bytes(whole, "big") & self._mask).to_bytes(16, "big")
 
 
@@ -45,7 +50,11 @@ class Twin:
         self.sequences: list[Sequence] = []
 
     def content(self, blocks: SequenceBlocks, position: int) -> Content:
-        return tuple(blocks.tokens[: position + 1]), min(blocks.num_prompt_tokens, position + 1)
+        seen: list[Pixel] = [None] * len(blocks.tokens)
+        for image in blocks.images:
+            seen[image.offset : image.end] = [(image.digest, number) for number in range(image.num_tokens)]
+        num_prompt_tokens = min(blocks.num_prompt_tokens, position + 1)
+        return tuple(blocks.tokens[: position + 1]), num_prompt_tokens, tuple(seen[: position + 1])
 
     def place(self, blocks: SequenceBlocks, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.cache.block_tokens)
@@ -83,6 +92,19 @@ class Twin:
                 assert read == self.content(sequence.blocks, position)
 
 
+def images_of(tokens: list[int], seed: int) -> list[ImageSpan]:
+    """Runs of equal tokens stand for images, of which there are two of each size; some begin at a later token."""
+    images, at = list[ImageSpan](), 0
+    for token, run in groupby(tokens):
+        size = len([*run])
+        skipped = seed % 2 if size > 1 else 0
+        if token and (seed >> len(images)) % 3:
+            digest = bytes([(seed >> len(images)) % 2])
+            images.append(ImageSpan(offset=at + skipped, num_tokens=size - skipped, digest=digest))
+        at += size
+    return images
+
+
 OPERATION = st.tuples(
     st.sampled_from(["open", "start", "start", "compute", "compute", "append", "stop"]),
     st.integers(0, 5),
@@ -107,7 +129,8 @@ def test_every_block_table_reads_its_own_tokens(
     for name, which, count, tokens in operations:
         if name == "open":
             num_prompt_tokens = min(count, len(tokens))
-            twin.sequences.append(Sequence(cache.open([*tokens], num_prompt_tokens)))
+            images = images_of(tokens[:num_prompt_tokens], which * 5 + count)
+            twin.sequences.append(Sequence(cache.open([*tokens], num_prompt_tokens, images=images)))
         if not twin.sequences:
             continue
         sequence = twin.sequences[which % len(twin.sequences)]

@@ -130,6 +130,8 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     ),
     (("generate", "{dense}", "--message", "caf\udce9"), 2, "argument --message: must be text in UTF-8"),
     ((*GENERATE, "--reasoning-effort", "high"), 2, "reasoning_effort must be with --message, got 'high'"),
+    ((*GENERATE, "--image", "x"), 2, "image must be with --message, got 'x'"),
+    (("generate", "{dense}", "--message", "x", "--image", "{tmp}/none"), 2, "image must be a file that can"),
     ((*GENERATE, "--suffix", "x"), 2, "suffix must be with --prompt, got 'x'"),
     (("generate", "{dense}", "--message", "x", "--suffix", ""), 2, "suffix must be with --prompt, got ''"),
     (("chat", "--message", "caf\udce9"), 2, "argument --message: must be text in UTF-8, got 'caf\udce9'"),

@@ -104,10 +104,23 @@ def test_pitfall_18_the_cache_is_sized_by_latents_and_not_by_heads(told: Checkpo
     assert told.needs.request_bytes == {"bf16": 6_039_797_760, "fp8": 3_019_898_880}
 
 
-def test_an_unused_vision_tower_is_said_loudly(told: CheckpointReport) -> None:
+def test_a_vision_tower_is_told_of(told: CheckpointReport) -> None:
     assert (told.checkpoint.vision_tensors, told.checkpoint.vision_bytes) == (VISION, 856_944_640)
-    expected = "images are not served: 222 tensors, 856.9 MB, are left aside"
+    sizes = "24 layers, hidden size 1,024, 16 heads; a token for 28 x 28 px, images of up to 1,540 px a side"
+    expected = f"{sizes}; 222 tensors, 856.9 MB (--text-only leaves them aside)"
     assert rows(told)["vision tower"] == expected
+
+
+def test_a_vision_tower_that_is_left_aside_is_said_loudly_and_takes_no_memory(
+    small4: Path, told: CheckpointReport
+) -> None:
+    found = report(small4, parameter_specs, text_only=True)
+    assert rows(found)["vision tower"] == "images are not served: 222 tensors, 856.9 MB, are left aside"
+    assert told.needs is not None
+    assert found.needs is not None
+    both = zip(told.needs.cards, found.needs.cards, strict=True)
+    assert {seeing.weight_bytes - blind.weight_bytes for seeing, blind in both} == {856_944_640}
+    assert "109,472 tokens" in rows(found)["nvfp4"]
 
 
 def test_a_folder_with_both_layouts_says_which_is_read(tmp_path: Path) -> None:
@@ -233,7 +246,7 @@ def test_cards_are_those_that_the_engine_would_start_on(small4: Path, told: Chec
     assert not starts("2xh100", "bf16", longest)
     assert not starts("h100", "fp8", 1)
     assert not starts("h200", "bf16", 1)
-    assert "109,472 tokens" in rows(told)["nvfp4"]
+    assert "72,288 tokens" in rows(told)["nvfp4"]
 
 
 def test_weights_are_those_of_the_planner(small4: Path, told: CheckpointReport) -> None:

@@ -44,6 +44,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("graph_sequences", -1, "an integer from 0 to 1048576"),
     *(("max_waiting", value, COUNT) for value in (0, 2**21)),
     *(("priority_aging_s", value, NUMBER) for value in (0.0, NAN)),
+    *(("image_cache_tokens", value, COUNT) for value in (0, -1)),
     *(("softmax_scale", value, NUMBER) for value in (0.0, INF)),
     *(("dtype", value, "one of auto, bfloat16, float32") for value in ("float16", "", 16, None)),
     ("weights", "fp16", "one of auto, bf16, fp8, int8, int4, nvfp4"),

@@ -18,6 +18,7 @@ from tiny_folders import DENSE, changed, transformers_logits, write_config
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
+from cierzo.engine.model import vision
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.parameters import as_tensor
 from cierzo.engine.weights.info import describe
@@ -32,6 +33,7 @@ VISION = {
     "head_dim": 8,
     "image_size": 28,
     "patch_size": 14,
+    "hidden_act": "silu",
 }
 FLAGS = (True, False, ...)  # `...`: not there
 STORED = ("own", "equal", "absent")
@@ -68,6 +70,10 @@ def write(folder: Path, tensors: dict[str, Tensor], inner: object, outer: object
         values = {"model_type": "mistral3", "text_config": values, "vision_config": VISION}
         values = changed(values, {"tie_word_embeddings": outer})
         tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+        config = read_model_config(write_config(folder, values))
+        assert config.vision is not None
+        tower = vision.specs(config.vision, config.hidden_size)
+        tensors |= {name: torch.ones(spec.shape) for name, spec in tower.items()}
     save_file(tensors, write_config(folder, values) / "model.safetensors", metadata={"format": "pt"})
     return folder
 

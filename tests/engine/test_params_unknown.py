@@ -50,7 +50,7 @@ def test_an_unknown_field_is_named(tmp_path: Path, values: dict[str, Any], field
     [
         (DENSE, "logit_softcapping", None),
         (DENSE, "max_seq_len", 4096),
-        (DENSE, "vision_encoder", {"hidden_size": 1024, "mm_projector_id": "patch_merge"}),
+        (DENSE, "vision_encoder", {"hidden_size": 1024, "spatial_patches": 3}),  # as Pixtral's, without a merger
         (DENSE, "quantization", {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}),
         (MLA, "moe.expert_parallel", 4),
         (MLA, "moe.expert_model_parallel", 4),

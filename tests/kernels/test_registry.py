@@ -107,7 +107,7 @@ DEPENDING = {
     *("rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8", "linear", "lm_head", "gated_mlp", "route"),
     *("linear_terms", "expert_terms", "norm_latents", "rotate_and_absorb", "route_groups", "mla_values"),
     *("expert_mlp", "write_normed_latents", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
-    *("gqa_prefill", "gqa_decode"),
+    *("gqa_prefill", "gqa_decode", "image_attention", "gelu"),
 }
 IN_TORCH, COMPOSED_OF_DEPENDING = (f"{name}, bits depend on the rows beside" for name in ("torch", "composed"))
 COMPOSED = {"mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"}

@@ -181,7 +181,7 @@ def test_a_long_time_without_prompts_forgets_no_prompt() -> None:
         learner.observe(work, CARD.seconds(work))
     for number in range(60_000 * DECODE_STRIDE // 32):
         work = StepWork(8, 8000 + number)
-        features = (1.0, 0.0, 0.0, 8.0, 8000.0 + number, 0.0)
+        features = (1.0, 0.0, 0.0, 8.0, 8000.0 + number, 0.0, 0.0, 0.0)
         learner._take([feature / CARD.seconds(work) for feature in features], 1.0)
     learner.observe(work := chunk(5000, 496), CARD.seconds(work))
     assert learner.cost.seconds(work) == pytest.approx(CARD.seconds(work), rel=0.2)

@@ -91,7 +91,9 @@ class Twin:
     def begin(self, request: Request) -> None:
         self.charged[request] |= {*range(request.num_computed)}
 
-    def charge(self, request: Request, start: int, count: int) -> None:
+    def charge(self, request: Request, start: int, count: int, num_embeddings: int) -> None:
+        if not count and not num_embeddings:
+            return
         name, num_given = request.new.tenant, len(request.new.prompt_token_ids) + len(request.new.output_token_ids)
         positions = {*range(start, start + count)}
         if start + count == num_given - 1:
@@ -99,7 +101,7 @@ class Twin:
         first = {one for one in positions if one < num_given} - self.charged[request]
         self.charged[request] |= positions
         self.last_turn = max(self.last_turn, self.counters[name])
-        self.counters[name] += len(first) / WEIGHTS[name]
+        self.counters[name] += (len(first) + num_embeddings) / WEIGHTS[name]
 
     def append(self, request: Request, new: list[int], *_: object) -> None:
         self.counters[request.new.tenant] += 2.0 * len(new) / WEIGHTS[request.new.tenant]

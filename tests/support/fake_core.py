@@ -11,7 +11,17 @@ from typing import cast
 import msgspec
 
 from cierzo.engine.frontend.frames import FrameSplitter, pack
-from cierzo.engine.messages import Abort, CoreCommand, CoreError, Message, Ready, Shutdown, Submit, Vocabulary
+from cierzo.engine.messages import (
+    Abort,
+    CoreCommand,
+    CoreError,
+    Message,
+    Pixels,
+    Ready,
+    Shutdown,
+    Submit,
+    Vocabulary,
+)
 from cierzo.engine.testing import fake_core
 from cierzo.engine.testing.fake_core import Answer, plain_answer
 
@@ -39,6 +49,7 @@ class FakeCore(asyncio.Protocol, fake_core.FakeCore):
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.hello: bytes | None = None
         self.vocabulary: Vocabulary | None = None
+        self.heard: list[CoreCommand] = []  # all but the vocabulary
         self.splitter = FrameSplitter(1 << 30)
         self.transport: asyncio.Transport | None = None
         self.scheduled = False
@@ -79,6 +90,8 @@ class FakeCore(asyncio.Protocol, fake_core.FakeCore):
                     self.kill()
                 continue
             command = msgspec.msgpack.decode(body, type=CoreCommand)
+            if isinstance(command, Pixels | Submit | Abort):
+                self.heard.append(command)
             if isinstance(command, Submit):
                 self.take(command)
             elif isinstance(command, Vocabulary):

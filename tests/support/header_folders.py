@@ -11,6 +11,7 @@ from cierzo.engine.checkpoint_format import PUBLISHED_FORMATS
 from cierzo.engine.weights.headers import DTYPE_BITS
 from cierzo.engine.weights.published import config_file, tensor_plans
 from cierzo.engine.weights.shapes import shape_of
+from cierzo.engine.weights.vision_shapes import vision_shape_of
 from cierzo.engine.weights.writer import TensorPlan
 
 VISION = 222  # tensors of Small 4's tower and projector, 856,944,640 bytes together
@@ -26,11 +27,12 @@ def write_headers(
     vision: bool = False,
     changes: Mapping[str, Any] = {},
 ) -> Path:
-    """A folder in the published format of this name. vision: with a tower of as many tensors and bytes as Small 4's
-    has. changes: to its config.json or params.json."""
+    """A folder in the published format of this name. vision: with its tower. changes: to its config.json or
+    params.json."""
     folder.mkdir(exist_ok=True)
     format, shape = PUBLISHED_FORMATS[name], shape_of(like, scale)
-    plans = tensor_plans(shape, format, "BF16") + (list(_tower(format.layout)) if vision else [])
+    tower = vision_shape_of(scale) if vision else None
+    plans = tensor_plans(shape, format, "BF16", tower)
     placed: dict[str, str] = {}
     for number in range(shards):
         file = f"{format.stem}-{number + 1:05}-of-{shards:05}.safetensors"
@@ -38,7 +40,9 @@ def write_headers(
         write_shard(folder / file, held)
         placed |= {plan.name: file for plan in held}
     (folder / f"{format.stem}.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    (folder / format.config_name).write_text(json.dumps(config_file(shape, format, "bfloat16") | dict(changes)))
+    (folder / format.config_name).write_text(
+        json.dumps(config_file(shape, format, "bfloat16", tower) | dict(changes))
+    )
     return folder
 
 
@@ -52,10 +56,3 @@ def write_shard(path: Path, plans: Iterable[TensorPlan]) -> None:
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)
-
-
-def _tower(layout: str) -> Iterable[TensorPlan]:
-    prefix = "vision_encoder" if layout == "native" else "vision_tower"
-    each, rest = divmod(856_944_640 // 2, VISION)
-    for number in range(VISION):
-        yield TensorPlan(f"{prefix}.{number}.weight", (each + (rest if number == 0 else 0),), "BF16")

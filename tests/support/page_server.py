@@ -53,6 +53,7 @@ def figures(**changed: Any) -> PageState:
         efforts=["none", "low", "high"],
         marks_thinking=True,
         marks_calls=True,
+        sees=True,
         latency_bounds_s=[
             *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
             *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0),

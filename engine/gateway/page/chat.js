@@ -2,6 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { events, refusal, served } from "./door.js";
+import { Pictures, picture } from "./pictures.js";
 
 const byId = (id) => document.getElementById(id);
 const AT_END = 60; // pixels from the end of the conversation within which new text keeps the end in sight
@@ -17,6 +18,7 @@ export class Chat {
     this.failed = null; // the Answer that did not come, and may be tried again until something else is sent
     this.running = null; // an AbortController
     this.question = byId("question");
+    this.pictures = new Pictures();
     byId("ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();
@@ -39,9 +41,10 @@ export class Chat {
     }
   }
 
-  // What the server says of its model: its name, and the efforts that it knows.
-  knows({ model_id, efforts, max_model_len }) {
+  // What the server says of its model: its name, the efforts that it knows, whether it sees.
+  knows({ model_id, efforts, max_model_len, sees }) {
     this.model = model_id;
+    this.pictures.allow(sees);
     const tokens = byId("max-tokens");
     if (max_model_len && tokens.value === tokens.defaultValue && 2 * tokens.value > max_model_len) {
       tokens.value = tokens.defaultValue = Math.floor(max_model_len / 2);
@@ -63,16 +66,18 @@ export class Chat {
     }
     this.question.value = "";
     this.question.focus(); // the button that was pressed is gone
-    this.ask(text);
+    this.ask(text, this.pictures.take());
   }
 
-  ask(text) {
+  ask(text, pictures = []) {
     if (this.running) return;
     const turn = document.createElement("li");
     turn.className = "asked";
-    turn.textContent = text;
+    turn.append(...pictures.map(picture), text);
     byId("turns").append(turn);
-    this.answer([...(this.latest?.results() ?? []), { role: "user", content: text }]);
+    const parts = pictures.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+    const content = parts.length ? [...parts, { type: "text", text }] : text;
+    this.answer([...(this.latest?.results() ?? []), { role: "user", content }]);
   }
 
   stop() {
@@ -85,6 +90,7 @@ export class Chat {
     this.turns = [];
     this.latest = null;
     byId("turns").replaceChildren();
+    this.pictures.take();
     this.mark();
     this.question.focus();
   }

@@ -92,9 +92,17 @@ def decoder(weights: DecoderWeights, rows: StepRows, tables: PositionTables, log
         None if logit_rows is None else logit_rows.data_ptr(),
         count,
         logits.data_ptr(),
+        *_images(rows),
     )
     native.call("decoder", args)
     return logits
+
+
+def _images(rows: StepRows) -> tuple[int | None, int | None, int]:
+    """Addresses of the rows that images take and of their embeddings, and how many there are."""
+    if rows.image_rows is None or rows.image_embeddings is None:
+        return None, None, 0
+    return rows.image_rows.data_ptr(), rows.image_embeddings.data_ptr(), len(rows.image_rows)
 
 
 class _Struct:

@@ -101,11 +101,12 @@ def serving(prompts: PromptEncoder) -> Callable[..., AbstractAsyncContextManager
         flights: Flights | None = None,
         encoders: Encoders | None = None,
         vocabulary: Vocabulary | None = None,
+        model: ModelInfo | None = None,
         **limits: Any,
     ) -> AsyncIterator[House]:
         config = FrontendConfig(**{"address": "127.0.0.1:0", **limits})
         encoder = words or (prompts if text else PromptEncoder())
-        model = fake_model(has_tokenizer=text, has_chat_template=text)
+        model = model or fake_model(has_tokenizer=text, has_chat_template=text)
         cores = cores or FakeCores()
         clocks = {} if clock is None else {"clock": clock}
         link = CoreLink(config, engine_config, spawn or cores, flights=flights, vocabulary=vocabulary, **clocks)

@@ -277,7 +277,7 @@ ANSWER = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argume
         ),
         ({"messages": [ANSWER | {"tool_calls": [ANSWER]}]}, "messages[0].tool_calls[0].role"),
         (
-            {"messages": [HI_DICT | {"content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]},
+            {"messages": [HI_DICT | {"content": [{"type": "input_audio", "input_audio": {"data": "UklG"}}]}]},
             "messages[0].content[0]",
         ),
         ({"messages": [HI_DICT | {"content": [{"text": "a"}]}]}, "messages[0].content[0]"),

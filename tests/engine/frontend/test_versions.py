@@ -47,12 +47,15 @@ OF_A_FEATURE = {
 # Fields that are set for a feature alone, and not sent while they have their default.
 FEATURE_FIELDS = {
     "Welcome": {"features"},
-    "Limits": {"max_attached_bytes", "stream_credit_bytes", "keepalive_s"},
+    "Limits": {
+        *("max_attached_bytes", "stream_credit_bytes", "keepalive_s"),
+        *("max_images", "max_image_bytes", "max_image_pixels", "max_image_tokens"),
+    },
     "Final": {"cost", "prompt_logprobs"},
     "Health": {"startup", "live", "ready", "notes"},
     "Delta": {"parts", "prompt_logprobs"},
     "SampleEnd": {"parts", "broken_calls", "incomplete"},
-    "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls"},
+    "ModelInfo": {"reasoning_efforts", "marks_thinking", "marks_calls", "vision"},
 }
 REMOVED = {"CoreStats": set(CoreStats.__struct_fields__) - set(VERSION_2["CoreStats"].split())}
 PARTS = ("Limits", "Usage", "Timings", "SampleEnd", "CoreStats", "ExpertStatistics", "StepBucket")

@@ -165,7 +165,11 @@ def test_the_harmless_is_passed_over(rules):
         ({"given": [{"type": "novel"}]}, "input[0].type", "allowed: message, function_call"),
         ({"given": [THOUGHT | {"encrypted_content": "x"}]}, "input[0].encrypted_content", "made alone"),
         ({"given": [THOUGHT | {"content": [{"type": "text"}]}]}, "input[0].content[0].type", "reasoning_text"),
-        ({"given": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "image"),
+        (
+            {"given": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0].image_url",
+            "is missing",
+        ),
         ({"given": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text", "missing"),
         ({"given": [USER, CALL | {"arguments": {}}]}, "input[1].arguments", "must be a text"),
         ({"given": [USER, SAID, CALL | {"name": None}]}, "input[2].name", "missing"),

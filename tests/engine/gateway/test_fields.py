@@ -122,6 +122,7 @@ WALKED = [
     ),
     ("text part", rows.TEXT_PART, names(chat.ChatCompletionContentPartTextParam, mistral.TextChunk), set()),
     ("thinking part", rows.THOUGHT_PART, names(mistral.ThinkChunk), set()),
+    ("image part", rows.IMAGE_PART, names(chat.ChatCompletionContentPartImageParam, mistral.ImageURLChunk), set()),
     ("call", rows.CALL, names(chat.ChatCompletionMessageFunctionToolCallParam, mistral.ToolCall), set()),
     (
         "called",
@@ -180,6 +181,7 @@ WALKED = [
         set(),
     ),
     ("input text", rows.INPUT_TEXT, names(responses.ResponseInputTextParam), set()),
+    ("input image", rows.INPUT_IMAGE, names(responses.ResponseInputImageParam), set()),
     ("output text", rows.OUTPUT_TEXT, names(responses.ResponseOutputTextParam), set()),
     (
         "message item",

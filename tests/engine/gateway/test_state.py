@@ -51,7 +51,7 @@ def test_what_any_client_is_told_is_there_and_the_rest_is_none() -> None:
     of_core = {name: getattr(CORE_STATS, name) for name in names}
     of_stats = {"streams": 2, "connections": 1, "accepted": 9, "refused": 4, "finished": 7}
     names = ("dtype", "device", "max_model_len", "marks_thinking", "marks_calls")
-    of_model = {"model": "small-4"} | {name: getattr(MODEL, name) for name in names}
+    of_model = {"model": "small-4", "sees": False} | {name: getattr(MODEL, name) for name in names}
     assert state == kept | own | unknown | of_core | of_stats | of_model
 
 

@@ -110,7 +110,7 @@ def test_the_tokenizer(ask) -> None:
         (
             tokenize,
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0].type",
+            "messages[0].content[0].image_url",
         ),
         (tokenize, {"messages": [{"role": "nobody", "content": "a"}]}, "messages[0].role"),
         (detokenize, {}, "tokens"),

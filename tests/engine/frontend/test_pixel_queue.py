@@ -1,0 +1,64 @@
+"""Pixels on their way to a core: in pieces, ahead of their request, and in nobody's way."""
+
+from __future__ import annotations
+
+from cierzo.engine.frontend.pixel_queue import PIECE_BYTES, TURN_BYTES, PixelQueue
+from cierzo.engine.messages import Abort, Pixels, PromptImage, SamplingParams, Submit
+
+
+def submit(request_id, *sizes):
+    images = [
+        PromptImage(0, 1, 1, bytes([number]) * 16, bytes([number]) * size) for number, size in enumerate(sizes)
+    ]
+    return Submit(request_id=request_id, prompt_token_ids=[1], sampling=SamplingParams(), images=images)
+
+
+def drained(queue):
+    commands = []
+    while not queue.is_empty:
+        commands += queue.turn()
+    return commands
+
+
+def test_requests_without_images_do_not_wait():
+    queue = PixelQueue()
+    assert not queue.takes(submit(1))
+    assert not queue.takes(Abort(request_id=1))
+    assert queue.is_empty
+
+
+def test_pieces_come_image_by_image_and_then_the_request():
+    queue, sizes = PixelQueue(), (PIECE_BYTES * 2 + 5, 3)
+    assert queue.takes(submit(1, *sizes))
+    *pieces, last = drained(queue)
+    assert [(piece.digest[0], piece.start, len(piece.data), piece.size) for piece in pieces] == [
+        (0, 0, PIECE_BYTES, sizes[0]),
+        (0, PIECE_BYTES, PIECE_BYTES, sizes[0]),
+        (0, 2 * PIECE_BYTES, 5, sizes[0]),
+        (1, 0, 3, 3),
+    ]
+    assert [image.pixels for image in last.images] == [b"", b""]
+    assert last.request_id == 1
+
+
+def test_what_ends_a_request_that_waits_comes_behind_it():
+    queue = PixelQueue()
+    assert queue.takes(submit(1, 9))
+    assert queue.takes(submit(2, 9))
+    assert not queue.takes(Abort(request_id=3))
+    assert queue.takes(Abort(request_id=1))
+    kinds = [(type(each), getattr(each, "request_id", None)) for each in drained(queue)]
+    assert kinds == [(Pixels, None), (Submit, 1), (Pixels, None), (Submit, 2), (Abort, 1)]
+    assert not queue.takes(Abort(request_id=2))
+
+
+def test_a_turn_has_a_bound_and_may_be_left_in_the_middle():
+    queue = PixelQueue()
+    queue.takes(submit(1, TURN_BYTES + PIECE_BYTES))
+    first = [*queue.turn()]
+    assert sum(len(piece.data) for piece in first) == TURN_BYTES
+    queue.takes(submit(2, 7))
+    turn = queue.turn()
+    rest = [next(turn)]  # and the socket is full
+    rest += drained(queue)
+    assert [type(each) for each in rest] == [Pixels, Submit, Pixels, Submit]
