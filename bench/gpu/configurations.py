@@ -30,7 +30,8 @@ from cierzo.kernels.triton.launch import Configuration, dry_run
 
 META = torch.device("meta")
 # A sequence alone, and more than one, which may share a prefix; as many as fill each width of a dense product's
-# tile, and of the experts'; more tokens than have parts of k apart; a prompt in one round, and one that takes several.
+# tile, and of the experts'; more tokens than have parts of k apart; a prompt in one round, and one that takes
+# several.
 SIZES = (
     Size(name="one row", sequences=1, rows_each=1, context=64),
     Size(name="decode", sequences=2, rows_each=1, context=64),
