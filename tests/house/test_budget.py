@@ -9,31 +9,31 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 230,
-    "engine": 5_130,
+    "engine": 5_190,
     "engine/cost": 1_250,
-    "engine/frontend": 14_100,
-    "engine/gateway": 5_730,
-    "engine/testing": 1_020,
-    "engine/model": 1_190,
-    "engine/text": 5_130,
-    "engine/weights": 4_060,
-    "engine/worker": 4_730,
-    "engine/commands": 890,
+    "engine/frontend": 14_520,
+    "engine/gateway": 6_040,
+    "engine/testing": 1_030,
+    "engine/model": 1_570,
+    "engine/text": 5_600,
+    "engine/weights": 4_240,
+    "engine/worker": 5_010,
+    "engine/commands": 900,
     "kernels": 630,
-    "kernels/cpu": 1_570,
+    "kernels/cpu": 1_630,
     "kernels/cuda": 950,
     "kernels/formats": 1_340,
-    "kernels/ops": 1_620,
+    "kernels/ops": 1_650,
     "kernels/ref": 970,
     "kernels/triton": 5_250,
-    "scheduler": 2_060,
-    "cache": 670,
-    "bench": 9_260,
+    "scheduler": 2_420,
+    "cache": 720,
+    "bench": 9_430,
     "bench/plan": 1_500,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_000
+MEASURING_BUDGET = 12_150
 
 
 @pytest.fixture(scope="module")
