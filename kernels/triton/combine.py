@@ -31,7 +31,9 @@ def _load_partial(
     row = tl.where(split < lent_splits, lent_base, base) + split * step
     largest = tl.load(maxima_ptr + row, mask=live, other=float("-inf"))
     total = tl.load(sums_ptr + row, mask=live, other=0.0)
-    values = tl.load(partials_ptr + row.to(tl.int64) * W + columns, mask=tl.where(live, columns < W, False), other=0.0)
+    values = tl.load(
+        partials_ptr + row.to(tl.int64) * W + columns, mask=tl.where(live, columns < W, False), other=0.0
+    )
     return largest, total, values
 
 
@@ -98,7 +100,9 @@ def combined(
         shorts: tl.constexpr = SHORTS // SHORT_JOINS
         many = tl.maximum(splits - SHORTS, 0)
         spans = tl.where(
-            splits < SHORTS, (splits + SHORT_JOINS - 1) // SHORT_JOINS, shorts + (many + LONG_JOINS - 1) // LONG_JOINS
+            splits < SHORTS,
+            (splits + SHORT_JOINS - 1) // SHORT_JOINS,
+            shorts + (many + LONG_JOINS - 1) // LONG_JOINS,
         )
         for span in range(spans):
             split = tl.where(span < shorts, span * SHORT_JOINS, SHORTS + (span - shorts) * LONG_JOINS)

@@ -34,7 +34,6 @@ from torch import Tensor
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import Configuration, kept, kernel, launch
-from cierzo.kernels.triton.paged import anew
 from cierzo.kernels.triton.prefix import Prefixes
 from cierzo.kernels.triton.softmax import LOG2_E
 
@@ -359,7 +358,9 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
 def most_items(queries: PagedQueries, shape: Shape) -> int:
     """Largest number of items of a step, by the lists or by total_context."""
     lengths = zip(queries.query_lengths, queries.contexts, strict=True)
-    items = sum(-(-length * shape.group // shape.rows) * shape.splits(length, context) for length, context in lengths)
+    items = sum(
+        -(-length * shape.group // shape.rows) * shape.splits(length, context) for length, context in lengths
+    )
     if queries.total_context:
         tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
         items = min(items, tiles * shape.cut.most(len(queries.query_lengths), queries.total_context))
