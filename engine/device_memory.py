@@ -25,7 +25,9 @@ LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet 
 # Of kernels/cuda/launch/sampling.py: tokens of the smallest piece of a long row, and bytes of a row and of a piece.
 DRAWN_PIECE, DRAWN_ROW_BYTES, DRAWN_PIECE_BYTES = 1024, 8 * 5218, 8 * 3
 # Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
-ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
+ROWS = 64
+CUT = (512, 16, 1024)  # short splits' tokens, their number, long ones' tokens
+WALKED, APART, PROGRAMS = (2048, 2, 4096), (256, 16, 1024), 128  # MLA's, if so many programs or more walk, or not
 PARTIAL_BYTES = 256 << 20
 SCORED_ROWS = 128  # of a prompt, whose logits are held at a time: worker/scoring.py's, which imports torch
 WORKSPACE_TOKENS = 16_384
@@ -101,7 +103,10 @@ def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) 
     if not most:
         return launched
     found = pairs(most, limits.max_model_len, cached_tokens)
-    replayed = replayed_bytes(model, *found[0], limits.max_model_len)
+    each = [replayed_bytes(model, *pair, limits.max_model_len) for pair in found]
+    # Recordings share memory, the first of them most of it; what one of fewer items needs more (MLA's, with a
+    # program for each part) is another piece.
+    replayed = each[0] + (max(each) if max(each) > each[0] else 0)
     launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
     recorded = replayed + 4 * most * model.vocab_size + launches * LAUNCH_BYTES
     return max(launched, replayed) + recorded
@@ -140,14 +145,23 @@ def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int
     """Bytes that a recorded step of so many sequences and tokens holds at a time, its logits included."""
     heads, tiles, width = _partial_sizes(model)
     item = 4 * heads * ROWS * (width + 2)
-    rest = max_model_len - SHORT * SHORTS
-    each = -(-max_model_len // SHORT) if rest <= 0 else SHORTS + -(-rest // LONG)
-    alike = bound / size  # most splits, as split.py's Splits.most has it
-    splits = min(alike / SHORT, SHORTS) + max(alike - SHORT * SHORTS, 0) / LONG
-    bounded, all_of_them = tiles * (size + int(size * splits)), tiles * size * each
+    cut = CUT
+    if not isinstance(model.attention, GqaConfig):
+        cut = WALKED if min(_items(WALKED, tiles, size, bound, max_model_len)) >= PROGRAMS else APART
+    bounded, all_of_them = _items(cut, tiles, size, bound, max_model_len)
     items = bounded if bounded < all_of_them else min(all_of_them, max(1, PARTIAL_BYTES // item))
     rows = max(_mlp_bytes(model), _attention_bytes(model))
     return items * item + size * (rows + 4 * model.vocab_size)
+
+
+def _items(cut: tuple[int, int, int], tiles: int, size: int, bound: int, longest: int) -> tuple[int, int]:
+    """Most splits of `size` contexts with so many tiles of rows: of `bound` tokens in all, as split.py's
+    Splits.most has it, and each of `longest` tokens."""
+    short, shorts, long = cut
+    alike, rest = bound / size, longest - short * shorts
+    splits = min(alike / short, shorts) + max(alike - short * shorts, 0) / long
+    each = -(-longest // short) if rest <= 0 else shorts + -(-rest // long)
+    return tiles * (size + int(size * splits)), tiles * size * each
 
 
 def _mlp_bytes(model: ModelConfig) -> int:

@@ -134,21 +134,32 @@ def _attend(call: Call, seen: Launch) -> Part:
     return Part(pairs / seen.grid[0], num_bytes=moved)
 
 
+def _splits(call: Call, seen: Launch) -> float:
+    """Partial results of a row."""
+    c, context = seen.kernel.constants, call.size.context
+    shorts = c["SHORT"] * c["SHORTS"]
+    return min(context, shorts) / c["SHORT"] + max(context - shorts, 0) / c["LONG"]
+
+
+def _turn(seen: Launch) -> int:
+    """Partial results that a turn of the sum's loop adds."""
+    c = seen.kernel.constants
+    return int(c["CHUNK"] if c["SHORT_JOINS"] == c["LONG_JOINS"] == 1 else max(c["SHORT_JOINS"], c["LONG_JOINS"]))
+
+
 def _combine(call: Call, seen: Launch) -> Part:
-    context, value = call.size.context, call.model.rank or call.model.head_dim
-    splits = context / 512 if context <= 8192 else 16 + context / 1024
+    value, splits = call.model.rank or call.model.head_dim, _splits(call, seen)
     moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
-    return Part(ceil(splits / seen.kernel.constants["CHUNK"]), num_bytes=moved)
+    return Part(ceil(splits / _turn(seen)), num_bytes=moved)
 
 
 def _values(call: Call, seen: Launch) -> Part:
     """Sums of some tokens' partial results, and a head's W_UV."""
     c, model, rows = seen.kernel.constants, call.model, call.size.rows
-    context = call.size.context
-    splits = context / 512 if context <= 8192 else 16 + context / 1024
+    splits = _splits(call, seen)
     moved = rows * model.heads * ((model.rank + 2) * 4 * splits + model.value_dim * 2)
     weights = model.heads * model.value_dim * model.rank * 2
-    return Part(ceil(splits / c["CHUNK"]) * min(c["LIVE"], rows), num_bytes=moved + weights)
+    return Part(ceil(splits / _turn(seen)) * min(c["LIVE"], rows), num_bytes=moved + weights)
 
 
 def _flash(call: Call, seen: Launch) -> Part:

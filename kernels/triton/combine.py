@@ -13,6 +13,7 @@ from cierzo.kernels.triton.softmax import sink_of
 from cierzo.kernels.triton.split import (
     Finish,
     Shape,
+    add_part,
     first_split,
     round_items,
     segment_splits,
@@ -22,19 +23,33 @@ from cierzo.kernels.triton.split import (
 
 
 @kernel
+def _load_partial(
+    partials_ptr, maxima_ptr, sums_ptr, split, splits, lent_splits, lent_base, base, step, columns, W: tl.constexpr
+):  # fmt: skip
+    """A row's partial result of a split; from `splits` on, one that adds nothing."""
+    live = split < splits
+    row = tl.where(split < lent_splits, lent_base, base) + split * step
+    largest = tl.load(maxima_ptr + row, mask=live, other=float("-inf"))
+    total = tl.load(sums_ptr + row, mask=live, other=0.0)
+    values = tl.load(
+        partials_ptr + row.to(tl.int64) * W + columns, mask=tl.where(live, columns < W, False), other=0.0
+    )
+    return largest, total, values
+
+
+@kernel
 def combined(
     partials_ptr, maxima_ptr, sums_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
     firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity, query, head, columns,
     HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SINKS: tl.constexpr, TOGETHER: tl.constexpr,
+    SINKS: tl.constexpr, TOGETHER: tl.constexpr, SHORT_JOINS: tl.constexpr, LONG_JOINS: tl.constexpr,
 ):  # fmt: skip
     """Add up the partial results of a row, a head of a query token, in order of position -> fp32 values at
     `columns`, and whether they are this round's to store: those of other rounds are not."""
     found = tl.load(row_segments_ptr + query)
     there = found >= 0
     segment = tl.maximum(found, 0)
-    wide = columns < W
     acc = columns * 0.0
     start = tl.load(query_starts_ptr + segment, mask=there, other=0)
     length = tl.load(query_starts_ptr + segment + 1, mask=there, other=0) - start
@@ -71,14 +86,40 @@ def combined(
         maxima = tl.load(maxima_ptr + rows, mask=split + lanes < splits, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(maxima))
     total = tl.exp2(total - largest) if SINKS else 0.0
-    for split in range(unseen, splits, CHUNK):
-        live = split + lanes < splits
-        rows = tl.where(split + lanes < lent_splits, lent_base, base) + (split + lanes) * step
-        weights = tl.exp2(tl.load(maxima_ptr + rows, mask=live, other=float("-inf")) - largest)
-        total += tl.sum(weights * tl.load(sums_ptr + rows, mask=live, other=0.0))
-        inside = live[:, None] & wide[None, :]
-        parts = tl.load(partials_ptr + rows[:, None].to(tl.int64) * W + columns[None, :], mask=inside, other=0.0)
-        acc += tl.sum(weights[:, None] * parts, axis=0)
+    if SHORT_JOINS == 1 and LONG_JOINS == 1:
+        for split in range(unseen, splits, CHUNK):
+            for nth in tl.static_range(CHUNK):  # their loads do not wait for one another
+                more, mass, values = _load_partial(
+                    partials_ptr, maxima_ptr, sums_ptr, split + nth, splits, lent_splits, lent_base, base, step,
+                    columns, W,
+                )  # fmt: skip
+                weight = tl.exp2(more - largest)
+                total = tl.fma(weight, mass, total)
+                acc = tl.fma(values, weight, acc)
+    else:  # first those of a span, as a program adds them up that walks it (split.add_partial)
+        shorts: tl.constexpr = SHORTS // SHORT_JOINS
+        many = tl.maximum(splits - SHORTS, 0)
+        spans = tl.where(
+            splits < SHORTS,
+            (splits + SHORT_JOINS - 1) // SHORT_JOINS,
+            shorts + (many + LONG_JOINS - 1) // LONG_JOINS,
+        )
+        for span in range(spans):
+            split = tl.where(span < shorts, span * SHORT_JOINS, SHORTS + (span - shorts) * LONG_JOINS)
+            last = tl.minimum(split + tl.where(span < shorts, SHORT_JOINS, LONG_JOINS), splits)
+            peak, sums, part = _load_partial(
+                partials_ptr, maxima_ptr, sums_ptr, split, last, lent_splits, lent_base, base, step, columns, W
+            )
+            for nth in tl.static_range(1, max(SHORT_JOINS, LONG_JOINS)):
+                more, mass, values = _load_partial(
+                    partials_ptr, maxima_ptr, sums_ptr, split + nth, last, lent_splits, lent_base, base, step,
+                    columns, W,
+                )  # fmt: skip
+                peak, sums, fade, weight = add_part(peak, sums, more, mass)
+                part = tl.fma(values, weight, part * fade)
+            weight = tl.exp2(peak - largest)
+            total = tl.fma(weight, sums, total)
+            acc = tl.fma(part, weight, acc)
     value = tl.where(there, tl.where(fits, acc / total, float("nan")), 0.0)
     return value, mine | (found < 0)
 
@@ -89,7 +130,7 @@ def _combine(
     firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
     HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SINKS: tl.constexpr, TOGETHER: tl.constexpr,
+    SINKS: tl.constexpr, TOGETHER: tl.constexpr, SHORT_JOINS: tl.constexpr, LONG_JOINS: tl.constexpr,
 ):  # fmt: skip
     after_others()
     query = tl.program_id(0)
@@ -99,6 +140,7 @@ def _combine(
         partials_ptr, maxima_ptr, sums_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
         firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
         query, head, columns, HK, G, ROWS, W, SHORT, SHORTS, LONG, WINDOW, CHUNK, SINKS, TOGETHER,
+        SHORT_JOINS, LONG_JOINS,
     )  # fmt: skip
     out = out_ptr + (query.to(tl.int64) * (HK * G) + head) * W + columns
     tl.store(out, value.to(out_ptr.dtype.element_ty), mask=tl.where(columns < W, stored, False))
@@ -133,5 +175,7 @@ def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, toget
         "SINKS": sinks,
         **({} if sinks else {"sinks_ptr": None}),
         "TOGETHER": together,
+        "SHORT_JOINS": shape.cut.joined[0],
+        "LONG_JOINS": shape.cut.joined[1],
     }
     return Configuration(_combine, types, constants)

@@ -28,7 +28,7 @@ from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import anew, load_tile, page_rows, require_attention, tile_width, value_bits
 from cierzo.kernels.triton.prefix import guests, lent, prefixes
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
-from cierzo.kernels.triton.split import Shape, load_item, round_items, store_partial
+from cierzo.kernels.triton.split import Shape, add_partial, load_item, round_items, store_partial
 from cierzo.kernels.triton.widen import DOWN, LIFT, UNFOLD, UP, folded, widened
 
 # Bits of a cached value -> tokens of a tile (a split is a multiple of them, and so is a page by default on a GPU),
@@ -83,6 +83,89 @@ def _guests(
 
 
 @kernel
+def _load_part(
+    items_ptr, firsts_ptr, query_starts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, nth,
+    H: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+    SHORT_PARTS: tl.constexpr, LONG_PARTS: tl.constexpr,
+):  # fmt: skip
+    """load_item for the nth part of the program's split. Nothing that it reads is kept from earlier reads."""
+    first, _ = round_items(
+        query_starts_ptr, firsts_ptr, context_lengths_ptr, anew(segment_start), segment_end, tile_start, tile_end,
+        SHORT, SHORTS, LONG, 0,
+    )  # fmt: skip
+    segment, first_row, start, length, context, begin, end, split_end = load_item(
+        items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
+    )
+    if SHORT_PARTS > 1 or LONG_PARTS > 1:
+        size = tl.where(begin < SHORT * SHORTS, SHORT // SHORT_PARTS, LONG // LONG_PARTS)
+        begin += nth * size
+        end = tl.minimum(end, begin + size)
+    return segment, first_row, length, context, begin, end, split_end
+
+
+@kernel
+def _part(
+    q_latent, q_rope, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr,
+    items_ptr, firsts_ptr, mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
+    segment_start, segment_end, tile_start, tile_end, table_stride, factor, nth,
+    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr, FOLDED: tl.constexpr,
+    SHORT_PARTS: tl.constexpr, LONG_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Attend to the nth part of the program's split, and add its partial result to that of the parts before."""
+    segment, first_row, length, context, begin, end, _ = _load_part(
+        items_ptr, firsts_ptr, query_starts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start,
+        tile_end, nth, H, ROWS, SHORT, SHORTS, LONG, SHORT_PARTS, LONG_PARTS,
+    )  # fmt: skip
+    if begin < end:
+        table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_R), tl.float32)
+        # Before this position every row sees every token, and no load and no score needs a mask.
+        all_see = begin + (tl.minimum(end, context - length + first_row // H + 1) - begin) // TOKENS * TOKENS
+        for position in range(begin, all_see, TOKENS):
+            acc, largest, total = _step(
+                q_latent, q_rope, pages_ptr, table, position, end, end, acc, largest, total, factor,
+                R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, False,
+            )  # fmt: skip
+        segment, first_row, length, context, begin, end, _ = _load_part(
+            items_ptr, firsts_ptr, query_starts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start,
+            tile_end, nth, H, ROWS, SHORT, SHORTS, LONG, SHORT_PARTS, LONG_PARTS,
+        )  # fmt: skip
+        table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
+        rows = first_row + tl.arange(0, ROWS)
+        sees = context - length + tl.where(rows < length * H, rows // H, 0) + 1
+        all_see = begin + (tl.minimum(end, context - length + first_row // H + 1) - begin) // TOKENS * TOKENS
+        for position in tl.range(tl.maximum(begin, all_see), end, TOKENS, num_stages=2, disable_licm=True):
+            acc, largest, total = _step(
+                q_latent, q_rope, pages_ptr, table, position, end, sees, acc, largest, total, factor,
+                R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, True,
+            )  # fmt: skip
+        if FOLDED:
+            acc *= UP
+            total *= DOWN
+        segment, first_row, length, context, begin, end, split_end = _load_part(
+            items_ptr, firsts_ptr, query_starts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start,
+            tile_end, nth, H, ROWS, SHORT, SHORTS, LONG, SHORT_PARTS, LONG_PARTS,
+        )  # fmt: skip
+        inside = tl.arange(0, ROWS) < length * H - first_row
+        if TOGETHER > 1:
+            _, present = _guests(
+                mates_ptr, members_ptr, segment, segment_end, first_row, length, split_end, H, ROWS, TOGETHER
+            )
+            inside = (present >> ((first_row + tl.arange(0, ROWS)) // H - first_row // H)) & 1 != 0
+        place = anew(tl.program_id(0)).to(tl.int64)
+        if SHORT_PARTS > 1 or LONG_PARTS > 1:
+            add_partial(
+                partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, nth > 0, ROWS, R, BLOCK_R
+            )
+        else:
+            store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
+
+
+@kernel
 def _mla_attend(
     q_ptr, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, items_ptr, firsts_ptr,
     mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
@@ -91,6 +174,7 @@ def _mla_attend(
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr, FOLDED: tl.constexpr,
+    SHORT_PARTS: tl.constexpr, LONG_PARTS: tl.constexpr,
 ):  # fmt: skip
     first, last = round_items(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
@@ -124,51 +208,24 @@ def _mla_attend(
     rope_columns = tl.arange(0, BLOCK_P)
     q_latent = load_tile(q_ptr, q_row, every, latent_columns, 1, R, BLOCK_R)
     q_rope = load_tile(q_ptr + R, q_row, every, rope_columns, 1, P, BLOCK_P)
-    table = tables_ptr + tl.load(table_rows_ptr + segment).to(tl.int64) * table_stride
 
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_R), tl.float32)
-    # Before this position every row sees every token, and no load and no score needs a mask.
-    all_see = begin + (tl.minimum(end, context - length + first_row // H + 1) - begin) // TOKENS * TOKENS
-    for position in range(begin, all_see, TOKENS):
-        acc, largest, total = _step(
-            q_latent, q_rope, pages_ptr, table, position, end, token, acc, largest, total, factor,
-            R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, False,
+    if SHORT_PARTS == 1 and LONG_PARTS == 1:
+        _part(
+            q_latent, q_rope, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr,
+            items_ptr, firsts_ptr, mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
+            segment_start, segment_end, tile_start, tile_end, table_stride, factor, 0,
+            H, R, P, S, ROWS, TOKENS, BLOCK_R, BLOCK_P, SHORT, SHORTS, LONG, TOGETHER, FOLDED, 1, 1,
         )  # fmt: skip
-    # What follows reads all that it needs anew, so that the loops before keep no registers for it.
-    first, _ = round_items(
-        query_starts_ptr, firsts_ptr, context_lengths_ptr, anew(segment_start), segment_end, tile_start, tile_end,
-        SHORT, SHORTS, LONG, 0,
-    )  # fmt: skip
-    segment, first_row, start, length, context, begin, end, split_end = load_item(
-        items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
-    )
-    rows = first_row + tl.arange(0, ROWS)
-    sees = context - length + tl.where(rows < length * H, rows // H, 0) + 1
-    for position in tl.range(tl.maximum(begin, all_see), end, TOKENS, num_stages=2):
-        acc, largest, total = _step(
-            q_latent, q_rope, pages_ptr, table, position, end, sees, acc, largest, total, factor,
-            R, P, S, TOKENS, BLOCK_R, BLOCK_P, FOLDED, True,
-        )  # fmt: skip
-    if FOLDED:
-        acc *= UP
-        total *= DOWN
-    first, _ = round_items(
-        query_starts_ptr, firsts_ptr, context_lengths_ptr, anew(segment_start), segment_end, tile_start, tile_end,
-        SHORT, SHORTS, LONG, 0,
-    )  # fmt: skip
-    segment, first_row, start, length, context, begin, end, split_end = load_item(
-        items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
-    )
-    inside = tl.arange(0, ROWS) < length * H - first_row
-    if TOGETHER > 1:
-        _, present = _guests(
-            mates_ptr, members_ptr, segment, segment_end, first_row, length, split_end, H, ROWS, TOGETHER
-        )
-        inside = (present >> ((first_row + tl.arange(0, ROWS)) // H - first_row // H)) & 1 != 0
-    place = tl.program_id(0).to(tl.int64)
-    store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
+    else:
+        # What a turn needs it makes anew: kept from turn to turn, it would not fit into registers beside `acc`.
+        for nth in tl.range(max(SHORT_PARTS, LONG_PARTS), disable_licm=True):
+            _part(
+                q_latent, q_rope, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr,
+                items_ptr, firsts_ptr, mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
+                segment_start, segment_end, tile_start, tile_end, table_stride, factor, nth,
+                H, R, P, S, ROWS, TOKENS, BLOCK_R, BLOCK_P, SHORT, SHORTS, LONG, TOGETHER, FOLDED,
+                SHORT_PARTS, LONG_PARTS,
+            )  # fmt: skip
 
 
 def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
@@ -191,7 +248,7 @@ def decode_into(
     a program."""
     require_attention("mla_decode", q, pages=pages)
     heads, width = q.shape[1:]
-    shape = Shape(kv_heads=1, group=heads, width=rank)
+    shape = split.walked(queries, Shape(kv_heads=1, group=heads, width=rank, cut=split.WALKED))
     together = shape.rows // heads
     mates = prefixes(queries, pages.shape[1], together)
     fold = folded(POINTER[q.dtype], POINTER[pages.dtype])
@@ -264,5 +321,7 @@ def decode_configuration(
         **shape.cut.constants(),
         "TOGETHER": together,
         "FOLDED": folded(pointer, pages),
+        "SHORT_PARTS": shape.cut.walked[0],
+        "LONG_PARTS": shape.cut.walked[1],
     }
     return Configuration(_mla_attend, types, constants, num_warps=4, num_stages=stages)

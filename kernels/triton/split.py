@@ -24,7 +24,7 @@ no room come out as NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,11 +46,23 @@ PARTIAL_BYTES = 256 << 20  # largest size of the partial results of a round; mor
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """`shorts` splits of `short` tokens, then splits of `long` tokens."""
+    """`shorts` splits of `short` tokens, then splits of `long` tokens.
+
+    walked: parts of a short and of a long split, one after another by its program. joined: short and long splits
+    whose partial results are added up ahead of others. Either way each part's softmax is its own, and the parts'
+    results are added in the same order by the same operations (`add_part`): a row's bits are the same.
+    """
 
     short: int
     shorts: int
     long: int
+    walked: tuple[int, int] = (1, 1)
+    joined: tuple[int, int] = (1, 1)
+
+    def apart(self) -> Splits:
+        """The parts that a program walks, as splits of their own."""
+        short, long = self.walked
+        return Splits(self.short // short, self.shorts * short, self.long // long, joined=self.walked)
 
     def count(self, context: int, seen: int = 0) -> int:
         """Number of splits of a context; with `seen`, at most so many hold the last `seen` tokens of any context up
@@ -75,6 +87,10 @@ class Splits:
 
 
 SPLITS = Splits(512, 16, 1024)
+# MLA's: parts of 256 tokens, then of 1024. A partial result is written and read by 32 heads in 66 KB, the pages of
+# 2048 tokens in FP8 are 655 KB, and those of 4096 twice as many.
+WALKED = Splits(2048, 2, 4096, walked=(8, 4))
+PROGRAMS = 128  # as many walk; fewer would leave multiprocessors idle, so each part gets a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +227,57 @@ def load_item(
 
 
 @kernel
+def add_part(largest, total, more_largest, more_total):
+    """Add a part's online softmax to that of the parts before: their largest score and sum of weights, and the
+    factors of the values before (round, then add) and of the part's (in one with the addition)."""
+    peak = tl.maximum(largest, more_largest)
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf minus -inf would be NaN
+    fade = tl.exp2(largest - base)
+    weight = tl.exp2(more_largest - base)
+    return peak, tl.fma(more_total, weight, total * fade), fade, weight
+
+
+@kernel
+def add_partial(
+    partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, there,
+    ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """store_partial, after adding the tile to what is stored if a part is `there`."""
+    rows = place * ROWS + tl.arange(0, ROWS)
+    before = inside & there
+    maxima = tl.load(maxima_ptr + rows, mask=before, other=float("-inf"))
+    sums = tl.load(sums_ptr + rows, mask=before, other=0.0)
+    peak, mass, fade, weight = add_part(maxima, sums, largest, total)
+    _add_columns(
+        partials_ptr + rows[:, None] * W, acc, fade, weight, before, inside, 0, W, BLOCK_W, ROWS, min(64, BLOCK_W)
+    )
+    tl.debug_barrier()  # all have read before any writes
+    tl.store(maxima_ptr + rows, peak, mask=inside)
+    tl.store(sums_ptr + rows, mass, mask=inside)
+    tl.debug_barrier()  # all is written before any reads
+
+
+@kernel
+def _add_columns(
+    pointers, acc, fade, weight, before, inside, first: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Add columns first .. first + BLOCK - 1 of a tile to those stored, AT_ONCE at a time: all would need as many
+    registers again as the tile."""
+    if BLOCK > AT_ONCE:
+        halves = tl.permute(tl.reshape(acc, (ROWS, 2, BLOCK // 2)), (0, 2, 1))
+        low, high = tl.split(halves)
+        _add_columns(pointers, low, fade, weight, before, inside, first, W, BLOCK // 2, ROWS, AT_ONCE)
+        _add_columns(pointers, high, fade, weight, before, inside, first + BLOCK // 2, W, BLOCK // 2, ROWS, AT_ONCE)
+    else:
+        columns = first + tl.arange(0, BLOCK)[None, :]
+        wide = columns < W
+        values = tl.load(pointers + columns, mask=before[:, None] & wide, other=0.0)
+        total = tl.fma(acc, weight[:, None], values * fade[:, None])
+        tl.store(pointers + columns, total, mask=inside[:, None] & wide)
+
+
+@kernel
 def store_partial(
     partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside,
     ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -268,12 +335,9 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     """The plan of this step, made once for all layers. num_rows: T."""
     segments, device = len(queries.query_lengths), queries.block_tables.device
     rounds = _rounds(queries, shape)
-    bound = sum(part.capacity for part in rounds)
-    if queries.total_context:
-        tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
-        together = tiles * shape.cut.most(segments, queries.total_context)
-        if together < bound:
-            bound, rounds = together, [Round(0, segments, 0, -1, together)]
+    bound, together = sum(part.capacity for part in rounds), most_items(queries, shape)
+    if together < bound:
+        bound, rounds = together, [Round(0, segments, 0, -1, together)]
     items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
     firsts = torch.zeros(segments + 1, dtype=torch.int32, device=device)
     row_segments = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
@@ -289,6 +353,23 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
         limit=bound,
     )
     return Plan(items, firsts, row_segments, rounds)
+
+
+def most_items(queries: PagedQueries, shape: Shape) -> int:
+    """Largest number of items of a step, by the lists or by total_context."""
+    lengths = zip(queries.query_lengths, queries.contexts, strict=True)
+    items = sum(
+        -(-length * shape.group // shape.rows) * shape.splits(length, context) for length, context in lengths
+    )
+    if queries.total_context:
+        tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
+        items = min(items, tiles * shape.cut.most(len(queries.query_lengths), queries.total_context))
+    return items
+
+
+def walked(queries: PagedQueries, shape: Shape) -> Shape:
+    """The shape itself if its programs fill a card, else with a program for each part of a split."""
+    return shape if most_items(queries, shape) >= PROGRAMS else replace(shape, cut=shape.cut.apart())
 
 
 def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:

@@ -32,7 +32,7 @@ def _values(
     HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SINKS: tl.constexpr, TOGETHER: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, TOKENS: tl.constexpr,
-    LIVE: tl.constexpr,
+    LIVE: tl.constexpr, SHORT_JOINS: tl.constexpr, LONG_JOINS: tl.constexpr,
 ):  # fmt: skip
     after_others()
     head = tl.program_id(1)
@@ -46,7 +46,7 @@ def _values(
             partials_ptr, maxima_ptr, sums_ptr, sums_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
             firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
             tl.minimum(query, queries - 1), head, columns,
-            HK, G, ROWS, W, SHORT, SHORTS, LONG, WINDOW, CHUNK, SINKS, TOGETHER,
+            HK, G, ROWS, W, SHORT, SHORTS, LONG, WINDOW, CHUNK, SINKS, TOGETHER, SHORT_JOINS, LONG_JOINS,
         )  # fmt: skip
         mixed = tl.where((places == nth)[:, None], value[None, :], mixed)
         stored = tl.where((places == nth) & mine & (query < queries), 1, stored)

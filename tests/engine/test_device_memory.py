@@ -194,16 +194,15 @@ def test_the_step_that_is_recorded_first_holds_the_most(on_meta: Callable[..., A
     )
     graphs.record_all(torch.empty(32, 4096, dtype=torch.int32, device=META), None)
     assert len(peaks) == len(graphs) > 20
-    assert peaks[0] == max(peaks) > 4 * min(peaks)
+    assert 1.25 * peaks[0] > max(peaks) > 2 * min(peaks)  # some smaller ones have a program for each part
 
 
 def test_constants_of_kernels_are_the_kernels_own() -> None:
-    ours = Splits(device_memory.SHORT, device_memory.SHORTS, device_memory.LONG)
-    assert (ours, device_memory.ROWS, device_memory.PARTIAL_BYTES) == (
-        split.SPLITS,
-        split.ROWS,
-        split.PARTIAL_BYTES,
-    )
+    walked = Splits(*device_memory.WALKED, walked=split.WALKED.walked)
+    assert (Splits(*device_memory.CUT), walked) == (split.SPLITS, split.WALKED)
+    assert Splits(*device_memory.APART, joined=split.WALKED.walked) == walked.apart()
+    ours = device_memory.ROWS, device_memory.PROGRAMS, device_memory.PARTIAL_BYTES
+    assert ours == (split.ROWS, split.PROGRAMS, split.PARTIAL_BYTES)
     assert device_memory.WORKSPACE_TOKENS == flash.WORKSPACE_TOKENS
     assert device_memory.SCORED_ROWS == scoring.BLOCK_ROWS
 

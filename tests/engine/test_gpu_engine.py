@@ -113,7 +113,7 @@ def test_a_head_in_fp8_gives_the_same_tokens_alone_and_in_company(tmp_path: Path
 def test_recorded_steps_read_a_cached_prefix_once_and_give_the_same_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(split, "SPLITS", Splits(32, 4, 64))
+    monkeypatch.setattr(split, "WALKED", Splits(128, 1, 128, walked=(4, 2)))
     shared: list[int] = []
 
     def seen(*arguments: Any) -> prefix.Prefixes | None:

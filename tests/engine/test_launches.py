@@ -209,6 +209,7 @@ def test_a_random_load_launches_what_was_prepared_and_records_nothing(
     set_thresholds(monkeypatch, apart=5, described=7, workspace=64)
     monkeypatch.setattr(moe, "MOST_ALONE", 9)
     monkeypatch.setattr(split, "SPLITS", Splits(32, 4, 64))
+    monkeypatch.setattr(split, "WALKED", Splits(64, 2, 128, walked=(2, 2)))
     config = make_config(
         tmp_path, like, checkpoint_format, prefix_caching=True, max_running=MAX_RUNNING, kv_cache_gib=0.0002
     )

@@ -21,13 +21,13 @@ from cierzo.kernels.triton.split import Splits
 
 FORM = Form(heads=3, rank=12, rope=4)  # 21 tokens and a third of another share a tile of 64 rows
 NOPE, VALUE = 8, 10
-SMALL = Splits(64, 3, 128)
+SMALL = Splits(192, 1, 256, walked=(3, 2))  # a program each for parts of 64 tokens, then of 128
 LENGTH = 470  # three short splits, two long ones, and part of a third
 
 
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "SPLITS", SMALL)
+    monkeypatch.setattr(split, "WALKED", SMALL)
     monkeypatch.setattr(flash, "WORKSPACE_TOKENS", 2 * flash.TOKENS)
 
 

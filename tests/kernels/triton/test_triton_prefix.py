@@ -21,7 +21,7 @@ LENGTH = 330  # three short splits of 64, one long one of 128, and a token or tw
 
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "SPLITS", Splits(64, 3, 128))
+    monkeypatch.setattr(split, "WALKED", Splits(192, 1, 256, walked=(3, 2)))
 
 
 def shared_batch(segments: list[Segment], common: list[int], dtype: torch.dtype, fp8: bool = False) -> Batch:
@@ -89,7 +89,7 @@ def test_in_rounds_and_within_the_bounds_of_a_recorded_step(monkeypatch: pytest.
     bounds = {"query_lengths": [1] * 5, "contexts": [LENGTH] * 5}
     for changes in ({}, bounds, bounds | {"total_context": 1160}):
         assert torch.equal(decode(renewed(batch, **changes)), alone)
-    shape = split.Shape(kv_heads=1, group=FORM.heads, width=FORM.rank)
+    shape = split.Shape(kv_heads=1, group=FORM.heads, width=FORM.rank, cut=split.WALKED.apart())
     # Items of a round: none has two segments, some do, segment 0 without its last guest.
     for items, changes in ((1, {}), (8, {}), (8, bounds), (12, bounds)):
         monkeypatch.setattr(split, "PARTIAL_BYTES", items * shape.item_bytes)

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "SPLITS", Splits(64, 2, 128))
+    monkeypatch.setattr(split, "WALKED", Splits(128, 1, 256, walked=(2, 2)))
 
 
 def case(
