@@ -154,6 +154,10 @@ IMPLEMENTATIONS: list[Implementation] = [
     _in_steps("norm_latents", "rms_norm", "rms_norm_fp8", "write_normed_latents"),
     _in_steps("rotate_and_absorb", "apply_rope", "mla_absorb"),
     *_torch("latents", "norm_latents", "rotate_and_absorb"),
+    _in_steps("latents_of", "linear_terms", "norm_latents"),
+    _in_steps("absorbed_queries", "linear_terms", "rotate_and_absorb"),
+    *_triton("latent_products", "latents_of", "absorbed_queries"),
+    *_torch("latents", "latents_of", "absorbed_queries"),
     *_cuda("blocks", "copy_blocks", "gather_blocks", "scatter_blocks"),
     *_torch("blocks", "copy_blocks", "gather_blocks", "scatter_blocks", exact=True),
     *_cuda("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),
@@ -165,7 +169,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     _composed(
         "mla_block",
         *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "apply_rope"),
-        *("norm_latents", "rotate_and_absorb", "mla_prefill", "mla_values"),
+        *("latents_of", "rotate_and_absorb", "absorbed_queries", "mla_prefill", "mla_values"),
     ),
     _composed(
         "gqa_block",

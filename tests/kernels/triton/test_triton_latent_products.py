@@ -1,0 +1,79 @@
+"""MLA's products with what follows them in one launch, in Triton's interpreter: the bits of two launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cierzo.kernels.formats.activations import QuantisedRows
+from cierzo.kernels.ref import latents as ref
+from cierzo.kernels.triton import latent_products, latents, linear, stages
+
+K, H, R, F, NOPE, EPS = 1024, 3, 32, 8, 16, 1e-5
+BF16 = torch.bfloat16
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def tables(count: int) -> tuple[Tensor, Tensor]:
+    angles = random(count, F) * 6
+    return angles.cos(), angles.sin()
+
+
+def rows(count: int, hostile: bool = False) -> Tensor:
+    x = random(count, K).to(BF16)
+    if hostile:
+        x[count // 2, 5] = torch.nan
+    return x
+
+
+def test_tickets_are_zeros_between_launches() -> None:
+    assert not stages.tickets(torch.device("cpu")).any()
+
+
+@pytest.mark.parametrize("count", [1, 17, 64])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_absorbed_queries(interleaved: bool, scaled: bool, count: int) -> None:
+    x, up, weight = (
+        rows(count, hostile=count > 1),
+        random(H * (NOPE + 2 * F), K).to(BF16),
+        random(H, R, NOPE).to(BF16),
+    )
+    angles, scale = tables(count + 2), random(count + 2).abs() if scaled else None
+    assert latent_products._cut("", x, up) is not None
+    for _ in range(2):
+        found = latent_products.absorbed_queries(x, up, weight, *angles, interleaved, scale)
+        assert not stages.tickets(x.device).any()
+        wanted = latents.rotate_and_absorb(linear.linear_terms(x, up), weight, *angles, interleaved, scale)
+        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+    near = ref.absorbed_queries(x, up, weight, *angles, interleaved, scale)
+    torch.testing.assert_close(found, near, rtol=5e-2, atol=5e-1, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [1, 17, 64])
+@pytest.mark.parametrize("quantised", [None, "by row", "static"])
+@pytest.mark.parametrize("cached", [BF16, torch.float8_e4m3fn])
+def test_latents_of(cached: torch.dtype, quantised: str | None, count: int) -> None:
+    """With four warps for rows of 1,024 values, as the product has."""
+    width = 1024
+    x, down = rows(count, hostile=count > 1), random(width + R + 2 * F, K).to(BF16)
+    norms, scale = (random(width).to(BF16), random(R).to(BF16)), None
+    if quantised == "static":
+        scale = torch.full((1,), 0.0625)
+    slots = torch.randperm(count, generator=torch.Generator().manual_seed(0)) + 3
+    pages, wanted = (torch.full((count + 8, 1, R + 2 * F), torch.nan).to(cached) for _ in range(2))
+    rest = (EPS, *tables(count), True)
+    found = latent_products.latents_of(x, down, *norms, *rest, pages, slots, quantised is not None, scale)
+    assert not stages.tickets(x.device).any()
+    terms = linear.linear_terms(x, down)
+    expected = latents.norm_latents(terms, *norms, *rest, wanted, slots, quantised is not None, scale)
+    assert torch.equal(pages.view(torch.uint8), wanted.view(torch.uint8))
+    if isinstance(found, QuantisedRows):
+        assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+        assert torch.equal(found.scales.view(torch.int32), expected.scales.view(torch.int32))
+    else:
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
