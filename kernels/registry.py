@@ -154,7 +154,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     _in_steps("norm_latents", "rms_norm", "rms_norm_fp8", "write_normed_latents"),
     _in_steps("rotate_and_absorb", "apply_rope", "mla_absorb"),
     *_torch("latents", "norm_latents", "rotate_and_absorb"),
-    _in_steps("latents_of", "linear_terms", "norm_latents"),
+    _in_steps("latents_of", *_NORMS, *_FP8_NORMS, "linear_terms", "norm_latents"),
     _in_steps("absorbed_queries", "linear_terms", "rotate_and_absorb"),
     *_triton("latent_products", "latents_of", "absorbed_queries"),
     *_torch("latents", "latents_of", "absorbed_queries"),
@@ -168,7 +168,7 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
     _composed(
         "mla_block",
-        *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "apply_rope"),
+        *("linear", "linear_terms", "apply_rope"),
         *("latents_of", "rotate_and_absorb", "absorbed_queries", "mla_prefill", "mla_values"),
     ),
     _composed(

@@ -34,13 +34,13 @@ def mla_block(
     x: Summands | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
 ) -> Summands:
     """See ops/block.py."""
-    normed = _normed_for(weights.down, x, residual, weights.norm, weights.eps)
     cos, sin, eps, interleaved = tables.cos, tables.sin, weights.latent_eps, weights.interleaved
     if weights.query_up is None or weights.query_norm is None:
+        normed = _normed_for(weights.down, x, residual, weights.norm, weights.eps)
         q, kv = linear.linear(normed, weights.down).tensor_split((query_width(weights),), dim=-1)
         attention.write_normed_latents(pages, rows.cache_slots, kv, weights.kv_norm, eps, cos, sin, interleaved)
     else:
-        normed = _latents(normed, weights, rows, tables, pages)
+        normed = _latents(x, residual, weights, rows, tables, pages)
         if not rows.num_expanded:
             up, tail = weights.query_up, (tables.cos, tables.sin, weights.interleaved, tables.query_scale)
             wide = latents.absorbed_queries(normed, up, weights.w_uk_t, *tail)
@@ -50,12 +50,17 @@ def mla_block(
     return linear.linear_terms(_attend(q, weights, rows, tables, pages).flatten(1), weights.output)
 
 
-def _latents(x: Rows, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor) -> Rows:
+def _latents(
+    x: Summands | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
+) -> Rows:
     """The queries' latents after their norm, as the one matrix that reads them takes them."""
     assert weights.query_up is not None
     assert weights.query_norm is not None
     return latents.latents_of(
         x,
+        residual,
+        weights.norm,
+        weights.eps,
         weights.down,
         weights.query_norm,
         weights.kv_norm,
@@ -209,7 +214,10 @@ def rotate_and_absorb(
 
 
 def latents_of(
-    x: Rows,
+    x: Summands | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
     down: Matrix,
     query_norm: Tensor,
     kv_norm: Tensor,
@@ -224,7 +232,8 @@ def latents_of(
 ) -> Rows:
     """See ops/latents.py."""
     rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots)
-    return latents.norm_latents(linear.linear_terms(x, down), *rest, quantised=quantised, scale=scale)
+    x = linear.linear_terms(_normed_for(down, x, residual, norm_weight, norm_eps), down)
+    return latents.norm_latents(x, *rest, quantised=quantised, scale=scale)
 
 
 def absorbed_queries(

@@ -73,7 +73,10 @@ def rotate_and_absorb(
 
 
 def latents_of(
-    x: Rows,
+    x: Summands | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
     down: Matrix,
     query_norm: Tensor,
     kv_norm: Tensor,
@@ -87,13 +90,15 @@ def latents_of(
     quantised: bool = False,
     scale: Tensor | None = None,
 ) -> Rows:
-    """norm_latents of x down^T, or of its terms -> new [T,Q].
+    """norm_latents of n down^T, or of its terms -> new [T,Q]; n: add_rms_norm of x and residual, in place, or
+    rms_norm of the residual where x is None; in FP8 where `down` takes that.
 
-    x [T,D], or as FP8; down [Q+R+P,D]; the rest as for norm_latents.
+    x, residual [T,D]; norm_weight [D]; down [Q+R+P,D]; the rest as for norm_latents.
     """
     names = check.sizes(
         "latents_of",
-        x=(x, "T D"),
+        residual=(residual, "T D"),
+        norm_weight=(norm_weight, "D"),
         down=(down, "W D"),
         query_norm=(query_norm, "Q"),
         kv_norm=(kv_norm, "R"),
@@ -104,13 +109,18 @@ def latents_of(
     )
     width = names["R"] + 2 * names["F"]
     check.require("latents_of", names["W"] == names["Q"] + width, f"down {list(down.shape)} is not Q+R+P high")
-    check.same_dtype("latents_of", x=x, down=down, query_norm=query_norm, kv_norm=kv_norm)
+    if x is not None:
+        check.sizes("latents_of", x=(x, "T D"), residual=(residual, "T D"))
+        check.same_dtype("latents_of", x=x, down=down, residual=residual)
+    check.same_dtype(
+        "latents_of", residual=residual, norm_weight=norm_weight, query_norm=query_norm, kv_norm=kv_norm
+    )
     check.dtype("latents_of", torch.float32, cos=cos, sin=sin)
     check.dtype("latents_of", torch.int64, slots=slots)
     check_pages("latents_of", width, 2, kv_norm=kv_norm, pages=pages)
-    return bound.latents_of(
-        x, down, query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots, quantised, scale
-    )
+    before = (x, residual, norm_weight, norm_eps, down)
+    rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots, quantised, scale)
+    return bound.latents_of(*before, *rest)
 
 
 def absorbed_queries(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cierzo.kernels.formats.activations import Rows
+from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.ref import attention, linear, norm, rope
@@ -40,7 +40,10 @@ def rotate_and_absorb(
 
 
 def latents_of(
-    x: Rows,
+    x: Summands | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
     down: Matrix,
     query_norm: Tensor,
     kv_norm: Tensor,
@@ -55,7 +58,17 @@ def latents_of(
 ) -> Rows:
     """See ops/latents.py."""
     rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots)
-    return norm_latents(linear.linear(x, down), *rest, quantised, scale)
+    fp8, given = takes_fp8(down), (norm_weight, norm_eps)
+    normed: Rows
+    if x is None:
+        normed = (
+            norm.rms_norm_fp8(residual, *given, static_scales(down)) if fp8 else norm.rms_norm(residual, *given)
+        )
+    elif fp8:
+        normed = norm.add_rms_norm_fp8(x, residual, *given, static_scales(down))
+    else:
+        normed = norm.add_rms_norm(x, residual, *given)
+    return norm_latents(linear.linear(normed, down), *rest, quantised, scale)
 
 
 def absorbed_queries(

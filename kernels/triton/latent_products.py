@@ -1,7 +1,7 @@
-"""MLA's two products with what follows them, each in one launch of two stages (stages.py): few tokens, whose
+"""MLA's two products with what follows them, each in one launch of stages (stages.py): few tokens, whose
 products are cut along k into parts with programs of their own (linear.py).
 
-    latents_of          parts of the first product; norms of both latents, cache entries (latents.py)
+    latents_of          norm; parts of the first product; norms of both latents, cache entries (latents.py)
     absorbed_queries    parts of the queries' product; each head's rotation and absorption (latents.py)
 
 The programs of a stage are those of its own launch, with as many warps, and so are the bits.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.cuda.launch.kernel import divide_up
-from cierzo.kernels.formats.activations import Rows, takes_fp8
+from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.activations import empty_rows, row_pointers, row_warps
 from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.heuristics import Parts, Tile, narrow, reading, tile
@@ -36,10 +37,20 @@ from cierzo.kernels.triton.latents import (
 )
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, launch
 from cierzo.kernels.triton.linear import linear_configuration, linear_terms, linear_tile, multiprocessors
+from cierzo.kernels.triton.norm import (
+    Codes,
+    add_and_norm_row,
+    add_rms_norm,
+    add_rms_norm_fp8,
+    norm_configuration,
+    norm_warps,
+    rms_norm,
+    rms_norm_fp8,
+)
 from cierzo.kernels.triton.paged import require_pages
 from cierzo.kernels.triton.product import Weights, pointers, row_stride
 from cierzo.kernels.triton.stages import end_of_first, end_of_second, next_place, tickets, wait_for_firsts
-from cierzo.kernels.triton.terms import Layout
+from cierzo.kernels.triton.terms import Layout, arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +138,12 @@ def _absorbed_queries(
 
 @chained
 def _latents_of(
+    terms_ptr, shares_ptr, residual_ptr, norm_ptr, norm_static_ptr,
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, parts_ptr,
     q_weight_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr,
-    out_ptr, static_ptr, out_codes_ptr, out_scales_ptr, tickets_ptr, eps, tokens,
+    out_ptr, static_ptr, out_codes_ptr, out_scales_ptr, tickets_ptr, norm_eps, eps, tokens,
+    TERM_STRIDE: tl.constexpr, TERM_PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, BLOCK: tl.constexpr, NORM_CODES: tl.constexpr, NORM_STATIC: tl.constexpr,
     X_STRIDE: tl.constexpr, PARTS: tl.constexpr, PART_K: tl.constexpr,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
     EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
@@ -137,11 +151,24 @@ def _latents_of(
     Q: tl.constexpr, R: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr, CODES: tl.constexpr,
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """Without terms x is there, normed, and the launch has the last two stages."""
     after_others()
     place = next_place(tickets_ptr)
     tiles = tl.cdiv(ROWS, BLOCK_N) * tl.cdiv(tokens, BLOCK_T)
-    firsts = tiles * PARTS
-    if place < firsts:
+    norms = tokens if terms_ptr is not None else tokens * 0
+    before = norms + tiles * PARTS
+    if place < norms:
+        if terms_ptr is not None:
+            add_and_norm_row(
+                place.to(tl.int64), terms_ptr, shares_ptr, residual_ptr, norm_ptr, x_ptr, norm_static_ptr, x_ptr,
+                x_scales_ptr, norm_eps, tokens, TERM_STRIDE, TERM_PARTS, SLOTS, SHARED, RESIDUAL_STRIDE, K, BLOCK,
+                NORM_CODES, NORM_STATIC,
+            )  # fmt: skip
+        end_of_first(tickets_ptr)
+    elif place < before:
+        if terms_ptr is not None:
+            wait_for_firsts(tickets_ptr, norms)
+        place -= norms
         linear_tile(
             place % tiles, place.to(tl.int64) * 0, place // tiles,
             x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, parts_ptr, None, None, tokens,
@@ -151,8 +178,8 @@ def _latents_of(
         )  # fmt: skip
         end_of_first(tickets_ptr)
     else:
-        wait_for_firsts(tickets_ptr, firsts)
-        place -= firsts
+        wait_for_firsts(tickets_ptr, before)
+        place -= before
         latent_row(
             (place % tokens).to(tl.int64), place < tokens,
             parts_ptr, None, q_weight_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr,
@@ -163,7 +190,10 @@ def _latents_of(
 
 
 def latents_of(
-    x: Rows,
+    x: Summands | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
     down: Matrix,
     query_norm: Tensor,
     kv_norm: Tensor,
@@ -178,23 +208,37 @@ def latents_of(
 ) -> Rows:
     """See ops/latents.py."""
     require_pages("latents_of", pages=pages)
-    width, rows = query_norm.shape[0], x.shape[0]
-    cut = _cut("latents_of", x, down)
-    if cut is None or cut.tile.num_warps != row_warps(width):
+    width, rows, static = query_norm.shape[0], residual.shape[0], static_scales(down)
+    fp8 = takes_fp8(down)
+    normed: Rows = empty_rows(residual, *residual.shape) if fp8 else residual.new_empty(residual.shape)
+    cut = _cut("latents_of", normed, down)
+    if cut is None or {cut.tile.num_warps} != {row_warps(width), norm_warps(residual.shape[1])}:
+        normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
         rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots, quantised, scale)
-        return norm_latents(linear_terms(x, down), *rest)
+        return norm_latents(linear_terms(normed, down), *rest)
     codes = empty_rows(query_norm, rows, width) if quantised else None
     out = query_norm.new_empty(rows, width) if codes is None else codes
-    types = (POINTER[query_norm.dtype], POINTER[pages.dtype])
-    static = codes is not None and scale is not None
-    sizes = (width, kv_norm.shape[0], cos.shape[1])
-    configuration = latents_of_configuration(cut, types, sizes, interleaved, quantised, static)
     written = {"out_ptr": out} if codes is None else row_pointers(codes, scale)
+    before: dict[str, Any] = {}
+    first: Configuration | None = None
+    if x is None:
+        normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
+    else:
+        how: Codes = "" if not fp8 else "by row" if static is None else "static"
+        pointer = POINTER[residual.dtype]
+        first = norm_configuration(pointer, residual.shape[1], Layout.of(x), how, residual.stride(0))
+        before = {"residual_ptr": residual, "norm_ptr": norm_weight, "norm_eps": norm_eps, **arguments(x)}
+        before["terms_ptr"] = before.pop("x_ptr")
+        before |= {} if static is None else {"norm_static_ptr": static}
+    types = (POINTER[query_norm.dtype], POINTER[pages.dtype])
+    sizes = (width, kv_norm.shape[0], cos.shape[1])
+    reduced = codes is not None and scale is not None
+    configuration = latents_of_configuration(cut, first, types, sizes, interleaved, quantised, reduced)
     launch(
         configuration,
-        (cut.programs(rows) + 2 * rows,),
-        **_operands(x, down),
-        parts_ptr=cut.empty(x),
+        (cut.programs(rows) + (2 if x is None else 3) * rows,),
+        **(_operands(normed, down) | before | {OWN.get(name, name): value for name, value in written.items()}),
+        parts_ptr=cut.empty(normed),
         q_weight_ptr=query_norm,
         kv_weight_ptr=kv_norm,
         cos_ptr=cos.contiguous(),
@@ -202,28 +246,61 @@ def latents_of(
         pages_ptr=pages,
         slots_ptr=slots,
         tickets_ptr=tickets(pages.device),
-        tokens=rows,
         eps=eps,
-        **{OWN.get(name, name): value for name, value in written.items()},
+        **({} if "tokens" in before else {"tokens": rows}),
     )
     return out
+
+
+def _normed(
+    x: Summands | None, residual: Tensor, weight: Tensor, eps: float, fp8: bool, scale: Tensor | None
+) -> Rows:
+    """The norm in a launch of its own."""
+    if x is None:
+        return rms_norm_fp8(residual, weight, eps, scale) if fp8 else rms_norm(residual, weight, eps)
+    if fp8:
+        return add_rms_norm_fp8(x, residual, weight, eps, scale)
+    return add_rms_norm(x, residual, weight, eps)
 
 
 OWN = {"codes_ptr": "out_codes_ptr", "scales_ptr": "out_scales_ptr"}  # codes that norm_latents writes
 
 
+BEFORE = {  # what add_rms_norm's arguments are called beside the others
+    "x_ptr": "terms_ptr",
+    "weight_ptr": "norm_ptr",
+    "static_ptr": "norm_static_ptr",
+    "eps": "norm_eps",
+    "X_STRIDE": "TERM_STRIDE",
+    "PARTS": "TERM_PARTS",
+    "CODES": "NORM_CODES",
+    "STATIC": "NORM_STATIC",
+}
+
+
 @kept
 def latents_of_configuration(
     cut: Cut,
+    first: Configuration | None,
     pointers_of: tuple[str, str],
     sizes: tuple[int, int, int],
     interleaved: bool,
     codes: bool,
     static: bool,
 ) -> Configuration:
-    """pointers_of: to norms' weights and to pages. sizes: Q, R, and P / 2."""
+    """first: add_rms_norm's, if its stage is there. pointers_of: to norms' weights and to pages. sizes: Q, R, and
+    P / 2."""
     second = latents_configuration(pointers_of, cut.layout, sizes, interleaved, codes, static)
-    return cut.configuration(_latents_of, second, OWN)
+    found = cut.configuration(_latents_of, second, OWN)
+    types, constants = dict(found.types), dict(found.constants)
+    written = ("out_ptr", "codes_ptr", "scales_ptr", "D", "tokens")  # x, and what `cut` says
+    missing = ("terms_ptr", "shares_ptr", "residual_ptr", "norm_ptr", "norm_static_ptr", "norm_eps")
+    constants |= dict.fromkeys((*missing, *BEFORE.values(), "SLOTS", "SHARED", "RESIDUAL_STRIDE", "BLOCK"))
+    if first is not None:
+        types |= {BEFORE.get(name, name): kind for name, kind in first.types.items() if name not in written}
+        constants |= {BEFORE.get(name, name): one for name, one in first.constants.items() if name not in written}
+    constants = {name: value for name, value in constants.items() if name not in types}
+    return replace(found, types=types, constants=constants)
 
 
 def absorbed_queries(

@@ -18,11 +18,11 @@ from cierzo.kernels.triton.launch import CHAINED, dry_run
 
 META = torch.device("meta")
 SMALL4 = [
-    *("add_rms_norm", "latents_of", "absorbed_queries", "mla_attend", "values", "linear"),
+    *("latents_of", "absorbed_queries", "mla_attend", "values", "linear"),
     *("add_rms_norm", "route_groups_bf16_bf16", "expert_gate_up", "expert_down"),
 ]
 FP8 = [
-    *("add_rms_norm", "latents_of", "absorbed_queries", "mla_attend", "values"),
+    *("latents_of", "absorbed_queries", "mla_attend", "values"),
     *("quantise_rows", "linear", "add_rms_norm", "route_groups_bf16_bf16", "quantise_pairs", "expert_gate_up"),
     *("quantise_rows", "expert_down"),
 ]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.formats.activations import QuantisedRows
+from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.ref import latents as ref
-from cierzo.kernels.triton import latent_products, latents, linear, stages
+from cierzo.kernels.triton import latent_products, latents, linear, norm, stages
 
 K, H, R, F, NOPE, EPS = 1024, 3, 32, 8, 16, 1e-5
 BF16 = torch.bfloat16
@@ -28,6 +29,15 @@ def rows(count: int, hostile: bool = False) -> Tensor:
     if hostile:
         x[count // 2, 5] = torch.nan
     return x
+
+
+def sums_of(kind: str | None, count: int) -> Summands | None:
+    """What is added to the residual."""
+    if kind == "parts":
+        return Terms(random(3, count, K), None, BF16)
+    if kind == "experts":
+        return Terms(random(count * 5, K).to(BF16), random(count, 4).abs(), BF16)
+    return None if kind is None else random(count, K).to(BF16)
 
 
 def test_tickets_are_zeros_between_launches() -> None:
@@ -57,20 +67,26 @@ def test_absorbed_queries(interleaved: bool, scaled: bool, count: int) -> None:
 @pytest.mark.parametrize("count", [1, 17, 64])
 @pytest.mark.parametrize("quantised", [None, "by row", "static"])
 @pytest.mark.parametrize("cached", [BF16, torch.float8_e4m3fn])
-def test_latents_of(cached: torch.dtype, quantised: str | None, count: int) -> None:
+@pytest.mark.parametrize("kind", [None, "rows", "parts", "experts"])
+def test_latents_of(kind: str | None, cached: torch.dtype, quantised: str | None, count: int) -> None:
     """With four warps for rows of 1,024 values, as the product has."""
     width = 1024
-    x, down = rows(count, hostile=count > 1), random(width + R + 2 * F, K).to(BF16)
+    down = random(width + R + 2 * F, K).to(BF16)
     norms, scale = (random(width).to(BF16), random(R).to(BF16)), None
     if quantised == "static":
         scale = torch.full((1,), 0.0625)
     slots = torch.randperm(count, generator=torch.Generator().manual_seed(0)) + 3
-    pages, wanted = (torch.full((count + 8, 1, R + 2 * F), torch.nan).to(cached) for _ in range(2))
     rest = (EPS, *tables(count), True)
-    found = latent_products.latents_of(x, down, *norms, *rest, pages, slots, quantised is not None, scale)
-    assert not stages.tickets(x.device).any()
-    terms = linear.linear_terms(x, down)
+    x, weight, eps = sums_of(kind, count), random(K, seed=1).to(BF16), 1e-6
+    pages, wanted = (torch.full((count + 8, 1, R + 2 * F), torch.nan).to(cached) for _ in range(2))
+    residual, other = (rows(count, hostile=count > 1) for _ in range(2))
+    before = (x, residual, weight, eps, down)
+    found = latent_products.latents_of(*before, *norms, *rest, pages, slots, quantised is not None, scale)
+    assert not stages.tickets(residual.device).any()
+    normed = norm.rms_norm(other, weight, eps) if x is None else norm.add_rms_norm(x, other, weight, eps)
+    terms = linear.linear_terms(normed, down)
     expected = latents.norm_latents(terms, *norms, *rest, wanted, slots, quantised is not None, scale)
+    assert torch.equal(residual.view(torch.int16), other.view(torch.int16))
     assert torch.equal(pages.view(torch.uint8), wanted.view(torch.uint8))
     if isinstance(found, QuantisedRows):
         assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
