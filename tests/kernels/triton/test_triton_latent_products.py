@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.formats.activations import QuantisedRows
+from cierzo.kernels.formats.device import in_fp8, quantise
 from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.ref import latents as ref
 from cierzo.kernels.triton import latent_products, latents, linear, norm, stages
@@ -93,3 +94,30 @@ def test_latents_of(kind: str | None, cached: torch.dtype, quantised: str | None
         assert torch.equal(found.scales.view(torch.int32), expected.scales.view(torch.int32))
     else:
         assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("static", [None, 0.0625])
+def test_both_in_fp8(static: float | None) -> None:
+    """Rows that the norm quantises, and a NaN among them."""
+    count, width, scale = 17, 1024, None if static is None else torch.full((1,), static)
+    down = in_fp8(quantise(random(width + R + 2 * F, K), "fp8", BF16, (128, 128)), scale)
+    up = in_fp8(quantise(random(H * (NOPE + 2 * F), width), "fp8", BF16, (128, 128)), scale)
+    norms, weight, w_uk = (
+        (random(width).to(BF16), random(R).to(BF16)),
+        random(K, seed=1).to(BF16),
+        random(H, R, NOPE),
+    )
+    slots, angles = torch.arange(count), tables(count)
+    pages, wanted = (torch.zeros(count, 1, R + 2 * F, dtype=BF16) for _ in range(2))
+    residual, other = (rows(count, hostile=True) for _ in range(2))
+    x, rest = sums_of("experts", count), (EPS, *angles, True)
+    assert x is not None
+    found = latent_products.latents_of(x, residual, weight, EPS, down, *norms, *rest, pages, slots, True, scale)
+    terms = linear.linear_terms(norm.add_rms_norm_fp8(x, other, weight, EPS, scale), down)
+    expected = latents.norm_latents(terms, *norms, *rest, wanted, slots, True, scale)
+    assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(found.scales.view(torch.int32), expected.scales.view(torch.int32))
+    assert torch.equal(pages.view(torch.int16), wanted.view(torch.int16))
+    got = latent_products.absorbed_queries(found, up, w_uk, *angles, True, None)
+    ours = latents.rotate_and_absorb(linear.linear_terms(expected, up), w_uk, *angles, True, None)
+    assert torch.equal(got.view(torch.int16), ours.view(torch.int16))
