@@ -157,6 +157,10 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("vision", "image_attention", "gelu"),
     *_triton("vision", "image_attention", "gelu"),
     *_torch("vision", "image_attention", "gelu"),
+    _in_steps("latents_of", *_NORMS, *_FP8_NORMS, "linear_terms", "norm_latents"),
+    _in_steps("absorbed_queries", "linear_terms", "rotate_and_absorb"),
+    *_triton("latent_products", "latents_of", "absorbed_queries"),
+    *_torch("latents", "latents_of", "absorbed_queries"),
     *_cuda("blocks", "copy_blocks", "gather_blocks", "scatter_blocks"),
     *_torch("blocks", "copy_blocks", "gather_blocks", "scatter_blocks", exact=True),
     *_cuda("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),
@@ -167,8 +171,8 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
     _composed(
         "mla_block",
-        *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "apply_rope"),
-        *("norm_latents", "rotate_and_absorb", "mla_prefill", "mla_values"),
+        *("linear", "linear_terms", "apply_rope"),
+        *("latents_of", "rotate_and_absorb", "absorbed_queries", "mla_prefill", "mla_values"),
     ),
     _composed(
         "gqa_block",

@@ -34,25 +34,34 @@ def mla_block(
     x: Summands | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
 ) -> Summands:
     """See ops/block.py."""
-    normed = _normed_for(weights.down, x, residual, weights.norm, weights.eps)
     cos, sin, eps, interleaved = tables.cos, tables.sin, weights.latent_eps, weights.interleaved
-    q: Summands
     if weights.query_up is None or weights.query_norm is None:
+        normed = _normed_for(weights.down, x, residual, weights.norm, weights.eps)
         q, kv = linear.linear(normed, weights.down).tensor_split((query_width(weights),), dim=-1)
         attention.write_normed_latents(pages, rows.cache_slots, kv, weights.kv_norm, eps, cos, sin, interleaved)
     else:
-        normed = _latents(linear.linear_terms(normed, weights.down), weights, rows, tables, pages)
-        product = linear.linear if rows.num_expanded else linear.linear_terms
-        q = product(normed, weights.query_up)
+        normed = _latents(x, residual, weights, rows, tables, pages)
+        if not rows.num_expanded:
+            up, tail = weights.query_up, (tables.cos, tables.sin, weights.interleaved, tables.query_scale)
+            wide = latents.absorbed_queries(normed, up, weights.w_uk_t, *tail)
+            mixed = attention.mla_values(wide, pages, rows.absorbed, weights.scale, weights.w_uv)
+            return linear.linear_terms(mixed.flatten(1), weights.output)
+        q = linear.linear(normed, weights.query_up)
     return linear.linear_terms(_attend(q, weights, rows, tables, pages).flatten(1), weights.output)
 
 
-def _latents(x: Summands, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor) -> Rows:
+def _latents(
+    x: Summands | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
+) -> Rows:
     """The queries' latents after their norm, as the one matrix that reads them takes them."""
     assert weights.query_up is not None
     assert weights.query_norm is not None
-    return latents.norm_latents(
+    return latents.latents_of(
         x,
+        residual,
+        weights.norm,
+        weights.eps,
+        weights.down,
         weights.query_norm,
         weights.kv_norm,
         weights.latent_eps,
@@ -66,12 +75,11 @@ def _latents(x: Summands, weights: MlaWeights, rows: StepRows, tables: PositionT
     )
 
 
-def _attend(q: Summands, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor) -> Tensor:
-    """q [T,H(nope+P)], not rotated, -> [T,H,V], each row in its own form. Terms only where no row is expanded."""
+def _attend(q: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor) -> Tensor:
+    """q [T,H(nope+P)], not rotated, -> [T,H,V], each row in its own form."""
     count, scale = rows.num_expanded, tables.query_scale
     results = []
     if count:
-        assert isinstance(q, Tensor)
         expanded = q[:count].unflatten(1, (weights.w_uk.shape[0], -1))
         scales = None if scale is None else scale[:count]
         rope.apply_rope(expanded, tables.cos[:count], tables.sin[:count], weights.interleaved, scales)
@@ -203,6 +211,36 @@ def rotate_and_absorb(
     heads, first = q.unflatten(1, (w_uk_t.shape[0], -1)), len(cos) - len(q)
     rope.apply_rope(heads, cos[first:], sin[first:], interleaved, None if scale is None else scale[first:])
     return attention.mla_absorb(heads, w_uk_t)
+
+
+def latents_of(
+    x: Summands | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    down: Matrix,
+    query_norm: Tensor,
+    kv_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    pages: Tensor,
+    slots: Tensor,
+    quantised: bool,
+    scale: Tensor | None,
+) -> Rows:
+    """See ops/latents.py."""
+    rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots)
+    x = linear.linear_terms(_normed_for(down, x, residual, norm_weight, norm_eps), down)
+    return latents.norm_latents(x, *rest, quantised=quantised, scale=scale)
+
+
+def absorbed_queries(
+    x: Rows, query_up: Matrix, w_uk_t: Matrix, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None
+) -> Tensor:
+    """See ops/latents.py."""
+    return latents.rotate_and_absorb(linear.linear_terms(x, query_up), w_uk_t, cos, sin, interleaved, scale)
 
 
 def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_uv: Matrix) -> Tensor:

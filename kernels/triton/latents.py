@@ -26,13 +26,14 @@ from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.activations import code_types, empty_rows, row_pointers, row_warps, store_row
 from cierzo.kernels.triton.cache_write import stored
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.launch import POINTER, Configuration, kept, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.norm import normed
 from cierzo.kernels.triton.paged import require_pages, tile_width
 from cierzo.kernels.triton.rope import rotated, store_pairs
 from cierzo.kernels.triton.terms import Layout, arguments, load_rows
 
 TOKENS = 16  # of a program that absorbs: as few as the columns of an MMA can be
+ABSORBING_WARPS = 4  # of such a program
 OUTPUTS = 64  # of such a program: 128 programs for one token of 32 heads of 256 latents
 
 
@@ -45,10 +46,26 @@ def _norm_latents(
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     after_others()
-    token = tl.program_id(0).to(tl.int64)
+    latent_row(
+        tl.program_id(0).to(tl.int64), tl.program_id(1) == 0,
+        x_ptr, shares_ptr, q_weight_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr,
+        out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens, X_STRIDE, PARTS, SLOTS, SHARED,
+        Q, R, F, INTERLEAVED, CODES, STATIC, BLOCK_Q, BLOCK_R, BLOCK_F,
+    )  # fmt: skip
+
+
+@kernel
+def latent_row(
+    token, of_query,
+    x_ptr, shares_ptr, q_weight_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr,
+    out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    Q: tl.constexpr, R: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr, CODES: tl.constexpr,
+    STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """The query's latent of a token, or what goes into the pages."""
     dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
-    cached: tl.constexpr = pages_ptr.dtype.element_ty
-    if tl.program_id(1) == 0:
+    if of_query:
         columns = tl.arange(0, BLOCK_Q)
         inside = columns < Q
         q = load_rows(x_ptr, shares_ptr, token, columns, inside, tokens, X_STRIDE, PARTS, SLOTS, SHARED, dtype)
@@ -57,7 +74,23 @@ def _norm_latents(
             store_row(q.to(tl.float32), static_ptr, codes_ptr, scales_ptr, token, columns, inside, Q, STATIC)
         else:
             tl.store(out_ptr + token * Q + columns, q, mask=inside)
-        return
+    else:
+        _cache_row(
+            token, x_ptr, shares_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr, eps, tokens,
+            X_STRIDE, PARTS, SLOTS, SHARED, Q, R, F, INTERLEAVED, BLOCK_R, BLOCK_F,
+        )  # fmt: skip
+
+
+@kernel
+def _cache_row(
+    token, x_ptr, shares_ptr, kv_weight_ptr, cos_ptr, sin_ptr, pages_ptr, slots_ptr, eps, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    Q: tl.constexpr, R: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """A token's latent and rotated key, into the pages."""
+    dtype: tl.constexpr = kv_weight_ptr.dtype.element_ty
+    cached: tl.constexpr = pages_ptr.dtype.element_ty
     page = pages_ptr + tl.load(slots_ptr + token) * (R + 2 * F)
     columns = tl.arange(0, BLOCK_R)
     inside = columns < R
@@ -132,11 +165,25 @@ def _rotate_and_absorb(
     H: tl.constexpr, NOPE: tl.constexpr, R: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr,
     SCALED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of one head. BLOCK_N of its R outputs are W_UK of the head times q_nope; the program of the
-    first of them also rotates q_rope. first_row: of the tables, that of the first token."""
     after_others()
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    head = tl.program_id(1)
+    absorb_tile(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        x_ptr, shares_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, out_ptr, tokens, count, first_row,
+        X_STRIDE, PARTS, SLOTS, SHARED, H, NOPE, R, F, INTERLEAVED, SCALED, TOKENS, BLOCK_N, BLOCK_K, BLOCK_F,
+    )  # fmt: skip
+
+
+@kernel
+def absorb_tile(
+    tile, head, part,
+    x_ptr, shares_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, out_ptr, tokens, count, first_row,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    H: tl.constexpr, NOPE: tl.constexpr, R: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SCALED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens of one head. BLOCK_N of its R outputs are W_UK of the head times q_nope; that of the
+    first of them, part 0, also rotates q_rope. first_row: of the tables, that of the first token."""
+    token = (tile * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     there = token < count
     live = there[:, None]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -149,13 +196,13 @@ def _rotate_and_absorb(
     if SCALED:
         scale = tl.load(scale_ptr + first_row + token, mask=there, other=0.0)[:, None]
         q = q * scale
-    outputs = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = part * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = head * R + tl.minimum(outputs, R - 1)
     weight = tl.load(weight_ptr + rows[:, None] * NOPE + inner[None, :], mask=(inner < NOPE)[None, :], other=0.0)
     total = tl.trans(tl.dot(weight, tl.trans(q.to(dtype)), input_precision="ieee"))
     out = out_ptr + (token * H + head)[:, None] * (R + 2 * F)
     tl.store(out + outputs[None, :], total.to(dtype), mask=live & (outputs < R)[None, :])
-    if tl.program_id(2) == 0:
+    if part == 0:
         pairs = tl.arange(0, BLOCK_F)
         angle = (first_row + token)[:, None] * F + pairs[None, :]
         turned = live & (pairs < F)[None, :]
@@ -247,4 +294,4 @@ def absorb_configuration(
     constants |= {"BLOCK_N": min(OUTPUTS, tile_width(rank)), "BLOCK_K": tile_width(nope)}
     constants |= {"BLOCK_F": triton.next_power_of_2(pairs)}
     types |= {"count": "i32", "first_row": "i32"}
-    return Configuration(_rotate_and_absorb, types, constants, num_warps=4)
+    return Configuration(_rotate_and_absorb, types, constants, num_warps=ABSORBING_WARPS)

@@ -23,6 +23,7 @@ from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
@@ -31,7 +32,7 @@ SUM_BLOCK = 512  # outputs of a token that one program adds up
 TOGETHER = tl.constexpr(8)  # tiles of tokens with consecutive programs, which then share weights in L2
 
 
-@kernel
+@chained
 def _linear(
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
     X_STRIDE: tl.constexpr, X_HEAD: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_HEAD: tl.constexpr,
@@ -46,9 +47,31 @@ def _linear(
 
     e4m3 x has a scale for each row; e4m3 out is quantised by the static scale *static_ptr, and gets that as the
     scale of its rows. APART: out is parts [P,T,N], and the third index of the program is the part."""
+    after_others()
+    linear_tile(
+        tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2),
+        x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
+        X_STRIDE, X_HEAD, OUT_STRIDE, OUT_HEAD, COPIED, COPY_BLOCK, PAIRED, PARTS, PART_K, APART,
+        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        DESCRIBED,
+    )  # fmt: skip
+
+
+@kernel
+def linear_tile(
+    program, head, part,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
+    X_STRIDE: tl.constexpr, X_HEAD: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_HEAD: tl.constexpr,
+    COPIED: tl.constexpr, COPY_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
+    PARTS: tl.constexpr, PART_K: tl.constexpr, APART: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Tile number `program` of `_linear` for a head, and where APART for a part."""
     N: tl.constexpr = ROWS // 2 if PAIRED else ROWS
-    head = tl.program_id(1).to(tl.int64)
-    tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
+    tile_n, tile_t = _tile(program, tokens, N, BLOCK_N, BLOCK_T)
     token = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < tokens
     read = tl.minimum(token, tokens - 1).to(tl.int64)
@@ -60,7 +83,7 @@ def _linear(
     if x_scales_ptr is not None:
         x_scales = tl.load(x_scales_ptr + token, mask=inside, other=0.0)
     if APART or PARTS == 1:
-        k_start = tl.program_id(2) * PART_K if APART else 0
+        k_start = part * PART_K if APART else 0
         k_end = (k_start + PART_K if K % PART_K == 0 else tl.minimum(k_start + PART_K, K)) if APART else K
         total = product(
             x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, n_start, k_start, k_end,
@@ -68,7 +91,7 @@ def _linear(
             FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
         )  # fmt: skip
         if APART:
-            out_rows += tl.program_id(2).to(tl.int64) * tokens * OUT_STRIDE
+            out_rows += part.to(tl.int64) * tokens * OUT_STRIDE
     else:
         total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for k_start in range(0, K, PART_K):

@@ -21,6 +21,7 @@ from cierzo.kernels import check
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.combine import into_rows
 from cierzo.kernels.triton.expand import expand
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
@@ -165,7 +166,7 @@ def _part(
             store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, R, BLOCK_R)
 
 
-@kernel
+@chained
 def _mla_attend(
     q_ptr, pages_ptr, query_starts_ptr, context_lengths_ptr, table_rows_ptr, tables_ptr, items_ptr, firsts_ptr,
     mates_ptr, members_ptr, partials_ptr, maxima_ptr, sums_ptr,
@@ -176,6 +177,7 @@ def _mla_attend(
     SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, TOGETHER: tl.constexpr, FOLDED: tl.constexpr,
     SHORT_PARTS: tl.constexpr, LONG_PARTS: tl.constexpr,
 ):  # fmt: skip
+    after_others()
     first, last = round_items(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
         SHORT, SHORTS, LONG, 0,

@@ -36,6 +36,7 @@ from cierzo.kernels.triton.activations import (
     store_tile,
     token_of,
 )
+from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.four_bit import in_order
 from cierzo.kernels.triton.heuristics import Tile, reading, rows_of_most, spread, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
@@ -99,7 +100,7 @@ def _expert_product(
     )  # fmt: skip
 
 
-@kernel
+@chained
 def _expert_gate_up(
     x_ptr, x_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, inner_ptr, static_ptr, shared_static_ptr,
@@ -112,6 +113,7 @@ def _expert_gate_up(
 ):  # fmt: skip
     """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
     inner is quantised by the static scale of its expert, static_ptr[expert]."""
+    after_others()
     F: tl.constexpr = ROWS // 2
     expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, F, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
@@ -139,7 +141,7 @@ def _expert_gate_up(
     store_tile(total, inner_ptr, rows * F, outputs, mask, static_ptr, inner_scales_ptr, rows, inside, n_start == 0)
 
 
-@kernel
+@chained
 def _expert_down(
     inner_ptr, inner_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, outputs_ptr, tokens,
@@ -150,6 +152,7 @@ def _expert_down(
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """outputs[pair of row] = inner[row] @ down^T."""
+    after_others()
     expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, ROWS, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
         return

@@ -70,7 +70,21 @@ def _add_rms_norm(
 ):  # fmt: skip
     """_rms_norm of x + residual, which becomes the residual."""
     after_others()
-    row = tl.program_id(0).to(tl.int64)
+    add_and_norm_row(
+        tl.program_id(0).to(tl.int64),
+        x_ptr, shares_ptr, residual_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
+        X_STRIDE, PARTS, SLOTS, SHARED, RESIDUAL_STRIDE, D, BLOCK, CODES, STATIC,
+    )  # fmt: skip
+
+
+@kernel
+def add_and_norm_row(
+    row,
+    x_ptr, shares_ptr, residual_ptr, weight_ptr, out_ptr, static_ptr, codes_ptr, scales_ptr, eps, tokens,
+    X_STRIDE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    """A row of `_add_rms_norm`."""
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
@@ -128,6 +142,11 @@ def _launch(
     launch(configuration, (x.shape[0],), eps=eps, **arguments(x), **tensors)
 
 
+def norm_warps(width: int) -> int:
+    """Warps for a row: no more than those of a product that reads it in the same launch (latent_products.py)."""
+    return min(4, row_warps(width))
+
+
 @kept
 def norm_configuration(
     pointer: str, width: int, layout: Layout, codes: Codes = "", residual_stride: int | None = None
@@ -143,4 +162,4 @@ def norm_configuration(
     constants |= dict.fromkeys({"out_ptr", "static_ptr", "codes_ptr", "scales_ptr"} - types.keys())
     constants |= {"CODES": bool(codes), "STATIC": static}
     function = _rms_norm if residual_stride is None else _add_rms_norm
-    return Configuration(function, {**types, "eps": "fp32"}, constants, num_warps=row_warps(width))
+    return Configuration(function, {**types, "eps": "fp32"}, constants, num_warps=norm_warps(width))
