@@ -85,8 +85,8 @@ def _guests(
 
 @kernel
 def _load_part(
-    items_ptr, firsts_ptr, query_starts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end, nth,
-    H: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
+    items_ptr, firsts_ptr, query_starts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
+    nth, H: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr,
     SHORT_PARTS: tl.constexpr, LONG_PARTS: tl.constexpr,
 ):  # fmt: skip
     """load_item for the nth part of the program's split. Nothing that it reads is kept from earlier reads."""
@@ -94,7 +94,7 @@ def _load_part(
         query_starts_ptr, firsts_ptr, context_lengths_ptr, anew(segment_start), segment_end, tile_start, tile_end,
         SHORT, SHORTS, LONG, 0,
     )  # fmt: skip
-    segment, first_row, start, length, context, begin, end, split_end = load_item(
+    segment, first_row, _, length, context, begin, end, split_end = load_item(
         items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
     )
     if SHORT_PARTS > 1 or LONG_PARTS > 1:
@@ -184,7 +184,7 @@ def _mla_attend(
     )  # fmt: skip
     if first + tl.program_id(0) >= last:
         return
-    segment, first_row, start, length, context, begin, end, split_end = load_item(
+    segment, first_row, start, length, _, begin, end, split_end = load_item(
         items_ptr, first + tl.program_id(0), query_starts_ptr, context_lengths_ptr, H, ROWS, SHORT, SHORTS, LONG
     )
     if begin >= end:  # no row of this tile sees so far
