@@ -36,6 +36,7 @@ SIZES = (
     Size(name="one row", sequences=1, rows_each=1, context=64),
     Size(name="decode", sequences=2, rows_each=1, context=64),
     *(Size(name=f"{count} rows", sequences=count, rows_each=1, context=64) for count in (24, 64, 128, 500, 1000)),
+    Size(name="64 rows of 4k", sequences=64, rows_each=1, context=4096),
     Size(name="many rows", sequences=160, rows_each=1, context=64),
     Size(name="prefill", sequences=1, rows_each=64, context=64),
     Size(name="long prefill", sequences=1, rows_each=2 * WORKSPACE_TOKENS, context=2 * WORKSPACE_TOKENS),

@@ -206,10 +206,8 @@ def _mla_attend(
         query = tl.where(joins, tl.load(query_starts_ptr + guest, mask=joins, other=0), query)
     every = tl.full((ROWS,), True, tl.int1)
     q_row = query.to(tl.int64) * Q_TOKEN + rows % H * Q_HEAD
-    latent_columns = tl.arange(0, BLOCK_R)
-    rope_columns = tl.arange(0, BLOCK_P)
-    q_latent = load_tile(q_ptr, q_row, every, latent_columns, 1, R, BLOCK_R)
-    q_rope = load_tile(q_ptr + R, q_row, every, rope_columns, 1, P, BLOCK_P)
+    q_latent = load_tile(q_ptr, q_row, every, tl.arange(0, BLOCK_R), 1, R, BLOCK_R)
+    q_rope = load_tile(q_ptr + R, q_row, every, tl.arange(0, BLOCK_P), 1, P, BLOCK_P)
 
     if SHORT_PARTS == 1 and LONG_PARTS == 1:
         _part(

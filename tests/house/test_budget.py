@@ -9,7 +9,7 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 230,
-    "engine": 5_190,
+    "engine": 5_200,
     "engine/cost": 1_250,
     "engine/frontend": 14_520,
     "engine/gateway": 6_040,
@@ -23,17 +23,17 @@ BUDGET = {
     "kernels/cpu": 1_630,
     "kernels/cuda": 950,
     "kernels/formats": 1_340,
-    "kernels/ops": 1_650,
-    "kernels/ref": 970,
-    "kernels/triton": 5_250,
+    "kernels/ops": 1_750,
+    "kernels/ref": 1_010,
+    "kernels/triton": 5_820,
     "scheduler": 2_420,
     "cache": 720,
-    "bench": 9_430,
+    "bench": 9_440,
     "bench/plan": 1_500,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 12_150
+MEASURING_BUDGET = 12_160
 
 
 @pytest.fixture(scope="module")
