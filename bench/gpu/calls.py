@@ -6,6 +6,7 @@ Letters as in kernels/ops/; work is counted by engine/cost/operations.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -31,6 +32,7 @@ from cierzo.bench.gpu.cases import (
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats.activations import quantise_rows
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.terms import Terms
@@ -271,6 +273,20 @@ def norm_latents(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(*before, *pages, slots_of(size), False, None) for pages in pages_of(model, size, make)], work
 
 
+@case(needs="query_rank", of="weights", changes=(1, 11))
+def latents_of(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Hidden rows added to a residual, normed, times MLA's first product; norm_latents of that."""
+    x, width = make.noise(size.rows, model.hidden), model.query_rank + model.page_values
+    static, fp8 = BY_FP8.get(make.format), make.format in BY_FP8
+    weights = make.cold(lambda: (make.matrix(width, model.hidden),))
+    ((pages,),) = pages_of(model, size, replace(make, cold_bytes=0))
+    norms = (make.noise(model.query_rank), make.noise(model.rank), EPS, *tables(size.rows, model.rope // 2), True)
+    rest = (pages, slots_of(size), fp8, None if static is None else torch.full((1,), static, device=make.device))
+    before = (x * 0, x.clone(), make.noise(model.hidden), EPS)
+    work = operations.latents_of(model, size.rows, make.weights, make.kv_dtype.itemsize, fp8=fp8)
+    return [(*before, *matrices, *norms, *rest) for matrices in weights], work
+
+
 @case("copy_blocks", "scatter_blocks", changes=(0,))
 @case("gather_blocks", changes=(2,))
 def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
@@ -296,6 +312,25 @@ def rotate_and_absorb(model: ModelSizes, size: Size, make: Maker) -> Call:
     angles = tables(size.rows, model.rope // 2)
     work = operations.rotate_and_absorb(model, size.rows)
     return [(q, *matrices, *angles, True, scale) for matrices in weights], work
+
+
+@case(needs="query_rank", decodes=True, of="weights")
+def absorbed_queries(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated queries' latents, in FP8 where the product takes that, times it; rotate_and_absorb of that."""
+    latents = make.noise(size.rows, model.query_rank)
+    static, fp8 = BY_FP8.get(make.format), make.format in BY_FP8
+    by = None if static is None else torch.full((1,), static, device=make.device)
+    x = quantise_rows(latents, by) if fp8 else latents
+    scale = torch.rand(size.rows, generator=torch.Generator().manual_seed(2)) + 1
+    weights = make.cold(
+        lambda: (
+            make.matrix(model.heads * (model.nope + model.rope), model.query_rank),
+            make.plain(model.heads, model.rank, model.nope),
+        )
+    )
+    angles = tables(size.rows, model.rope // 2)
+    work = operations.absorbed_queries(model, size.rows, make.weights, fp8=fp8)
+    return [(x, *matrices, *angles, True, scale) for matrices in weights], work
 
 
 @case("mla_absorb", "mla_unabsorb", needs="rank", decodes=True, rowwise=True)

@@ -15,10 +15,11 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.language import constexpr
 
 from cierzo.bench.gpu.calls import Cell, cells, expert_outputs, make_call
-from cierzo.bench.gpu.cases import CASES, MODELS, Maker, Size
+from cierzo.bench.gpu.cases import CASES, KV, MODELS, Maker, Size
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
@@ -111,7 +112,7 @@ def configurations() -> dict[str, Configuration]:
         for told, configuration in forms(parts):
             if not told or parts[2].rows > APART_TOKENS:  # parts of k apart have no descriptors
                 keep(configuration, f"{cell}{told}")
-    for cell, configuration in of_terms():
+    for cell, configuration in (*of_terms(), *of_stages()):
         keep(configuration, cell)
     return found
 
@@ -143,6 +144,20 @@ def _of_parts(model: ModelSizes, size: Size, format: str) -> Iterator[Configurat
         for pages, codes in product(("bf16", "fp8"), quantised):
             (arguments, *_), _ = make_call("norm_latents", model, size, pages, META, cold_bytes=0)
             yield from _launched("norm_latents", found[0], *arguments[1:-2], *codes)
+
+
+def of_stages() -> Iterator[tuple[str, Configuration]]:
+    """Launches of MLA's first product with what is around it, as steps have them: at a first layer and after
+    experts, with pages of each kind."""
+    known = CASES["latents_of"]
+    models = [model for model in known.models if model.query_rank]
+    for model, size, format, pages in product(models, SIZES[:4], known.formats, KV):
+        ((_, *arguments), *_), _ = known.make(model, size, Maker(format, "meta", 0, KV[pages], 0))
+        given = [one.to(META) if isinstance(one, Tensor) else one for one in arguments]
+        experts = expert_outputs(model, size, Maker(device="meta"))
+        for told, before in (("first", None), ("of experts", experts)):
+            for one in _launched("latents_of", before, *given):
+                yield f"{model.name}, {size.name}, {told}, {format}, {pages} pages", one
 
 
 def _norms(model: ModelSizes, size: Size, terms: Summands) -> Iterator[Configuration]:

@@ -50,7 +50,10 @@ SIZES = (
     Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=1 << 18),
     *(Size(name=f"prefill {n}", sequences=1, rows_each=n, context=n) for n in PREFILLS),
 )
-# What a step of each model launches: of the cases of operations those that a model on a GPU calls.
+# What a step of each model launches: of the cases of operations those that a model on a GPU calls. Where tokens are
+# few, Small 4 has latents_of for add_rms_norm, a product and norm_latents, and absorbed_queries for a product and
+# rotate_and_absorb. The separate ones are priced, some launches more: a step counts norms, products, latents and
+# absorption in cells of their own (engine/cost/work.py), each by a number format of its own.
 LAUNCHED = {
     SMALL4: (
         "add_rms_norm", "linear_terms", "rope_tables", "apply_rope", "norm_latents", "mla_prefill",

@@ -38,7 +38,7 @@ ORDER = (
         "write_latents",
         "rms_norm",
     ),
-    *("rope_tables", "apply_rope"),
+    *("latents_of", "absorbed_queries", "rope_tables", "apply_rope"),
 )
 FIRST_FORMATS = ("nvfp4", "fp8", "bf16")
 DECODES = ("decode 1", "decode 8", "decode 64", "decode 256")

@@ -25,6 +25,7 @@ KINDS: dict[str, Kind] = {
     "expert_mlp": "experts",
     **dict.fromkeys(("mla_decode", "mla_values", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
     **dict.fromkeys(("linear", "lm_head", "gated_mlp", "route", "mla_absorb", "mla_unabsorb"), "products"),
+    **dict.fromkeys(("latents_of", "absorbed_queries"), "products"),
 }
 INT64, FP32 = 8, 4  # bytes
 
@@ -175,6 +176,28 @@ def rotate_and_absorb(s: ModelSizes, rows: Number) -> Work:
     absorbed, angles = by_head("mla_absorb", s, rows), rows * (s.rope + 1) * FP32
     moved = absorbed.num_bytes + angles  # all of which each card moves
     return replace(absorbed, operation="rotate_and_absorb", num_bytes=moved, replicated_bytes=moved)
+
+
+def latents_of(s: ModelSizes, rows: Number, format: str, page_bytes: int, *, fp8: bool) -> Work:
+    """add_rms_norm, MLA's first product and norm_latents, which leaves FP8 codes or values; what lies between them
+    need not leave the operation."""
+    width = s.query_rank + s.page_values
+    before, after = norm(s, rows, residual=True, row_bytes=0), moved("norm_latents", s, rows, page_bytes)
+    ends = before.num_bytes + after.num_bytes - rows * width * s.value_bytes
+    if fp8:
+        ends += stored("fp8", rows, s.query_rank) - rows * s.query_rank * s.value_bytes
+    num_bytes = ends + stored(format, width, s.hidden)
+    return Work("latents_of", num_bytes, 2 * rows * s.hidden * width, replicated_bytes=num_bytes)
+
+
+def absorbed_queries(s: ModelSizes, rows: Number, format: str, *, fp8: bool) -> Work:
+    """The queries' product, of FP8 codes or of values, and rotate_and_absorb; what lies between them need not leave
+    the operation."""
+    after, width = rotate_and_absorb(s, rows), s.heads * (s.nope + s.rope)
+    read = stored("fp8" if fp8 else "bf16", rows, s.query_rank) + stored(format, width, s.query_rank)
+    num_bytes = read + after.num_bytes + rows * s.heads * (s.rope - s.nope) * s.value_bytes
+    operations = after.operations + 2 * rows * s.query_rank * width
+    return Work("absorbed_queries", num_bytes, operations, replicated_bytes=num_bytes)
 
 
 def mla_decode(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:

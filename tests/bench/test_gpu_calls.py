@@ -64,6 +64,14 @@ TINY4_DECODE: dict[str, Counted] = {
     "write_latents": (2 * 2 * 48 * 2, 0),
     "write_normed_latents": (2 * 2 * 48 * 2 + 32 * 2 + 2 * 2 * 8 * 4, 0),
     "norm_latents": (2 * 2 * 48 * 2 + 32 * 2 + 2 * 2 * 8 * 4 + (2 * 2 + 1) * 48 * 2, 0),
+    "latents_of": (  # sums, residual in and out; weights of norms and the product; latents, entries, angles
+        (3 * 2 * 64 + 64 + (48 + 48) * 64 + 48 + 2 * 48 + 32 + 2 * 48) * 2 + 2 * 2 * 8 * 4,
+        2 * 2 * 64 * (48 + 48),
+    ),
+    "absorbed_queries": (  # latents, both weights, queries, angles
+        (2 * 48 + 64 * 48 + 2 * 16 * 32 + 2 * 2 * (32 + 16)) * 2 + 2 * (16 + 1) * 4,
+        2 * 2 * 48 * 64 + 2 * 2 * 2 * 16 * 32,
+    ),
     "rotate_and_absorb": ((2 * 16 * 32 + 2 * 2 * 48) * 2 + 2 * (16 + 1) * 4, 2 * 2 * 2 * 16 * 32),
     "mla_absorb": ((2 * 16 * 32 + 2 * 2 * (16 + 32)) * 2, 2 * 2 * 2 * 16 * 32),
     "mla_unabsorb": ((2 * 32 * 32 + 2 * 2 * (32 + 32)) * 2, 2 * 2 * 2 * 32 * 32),

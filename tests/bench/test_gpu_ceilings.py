@@ -136,7 +136,7 @@ def test_a_turn_may_do_a_part_of_a_tile_and_without_matrix_instructions_does_one
 def test_kernels_of_products_are_known_by_their_constants() -> None:
     for name, configuration in configurations().items():
         found, of = ceilings.unit(configuration), configuration.constants
-        assert (found is None) == (not ({"BLOCK_K", "DEPTH"} & of.keys() or configuration.name in ceilings.WIDTHS))
+        assert (found is None) == (not ({"BLOCK_T", "DEPTH"} & of.keys() or configuration.name in ceilings.WIDTHS))
         if found is not None:
             assert ceilings.tile_of(configuration) * configuration.num_warps == found[2], name
     new = Configuration(CONFIGURATION.kernel, {}, {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_K": 128, "PAIRED": True})
@@ -190,7 +190,7 @@ def test_nothing_that_is_committed_spills_or_flushes_what_is_not_known(version: 
         if "ex2.approx.ftz.f32" in line["flushes"]:
             assert name.split(":")[0] in ("mla_attend", "gqa_attend", "flash", "combine"), name
         if "rsqrt.approx.ftz.f32" in line["flushes"]:
-            assert "norm" in name, name
+            assert "norm" in name or name.startswith("latents_of"), name
 
 
 @pytest.mark.parametrize("version", VERSIONS)
