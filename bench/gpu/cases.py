@@ -16,6 +16,7 @@ from torch import Tensor
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels.formats import fp8
+from cierzo.kernels.formats.activations import QuantisedRows
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise, stack
 from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
@@ -186,8 +187,10 @@ def case(*names: str, **traits: Any) -> Callable[[Callable[..., Call]], Callable
 
 def widened(value: Any) -> Any:
     """An argument in fp32, weights dequantised: what the reference computes with to be the better one. Matrices
-    whose activations are in FP8 stay so: those codes are part of the result."""
+    whose activations are in FP8 stay so, and such rows: those codes are part of the result."""
     if isinstance(value, DeviceMatrix):
         return replace(value, dtype=torch.float32) if value.activations == "fp8" else dequantise(value)
+    if isinstance(value, QuantisedRows):
+        return replace(value, dtype=torch.float32)
     narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.float() if narrow else value
