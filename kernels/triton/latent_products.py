@@ -212,7 +212,8 @@ def latents_of(
     fp8 = takes_fp8(down)
     normed: Rows = empty_rows(residual, *residual.shape) if fp8 else residual.new_empty(residual.shape)
     cut = _cut("latents_of", normed, down)
-    if cut is None or {cut.tile.num_warps} != {row_warps(width), norm_warps(residual.shape[1])}:
+    how: Codes = "" if not fp8 else "by row" if static is None else "static"
+    if cut is None or cut.tile.num_warps != row_warps(width):
         normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
         rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots, quantised, scale)
         return norm_latents(linear_terms(normed, down), *rest)
@@ -221,10 +222,9 @@ def latents_of(
     written = {"out_ptr": out} if codes is None else row_pointers(codes, scale)
     before: dict[str, Any] = {}
     first: Configuration | None = None
-    if x is None:
+    if x is None or cut.tile.num_warps != norm_warps(residual.shape[1], how):
         normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
     else:
-        how: Codes = "" if not fp8 else "by row" if static is None else "static"
         pointer = POINTER[residual.dtype]
         first = norm_configuration(pointer, residual.shape[1], Layout.of(x), how, residual.stride(0))
         before = {"residual_ptr": residual, "norm_ptr": norm_weight, "norm_eps": norm_eps, **arguments(x)}
@@ -236,7 +236,7 @@ def latents_of(
     configuration = latents_of_configuration(cut, first, types, sizes, interleaved, quantised, reduced)
     launch(
         configuration,
-        (cut.programs(rows) + (2 if x is None else 3) * rows,),
+        (cut.programs(rows) + (2 if first is None else 3) * rows,),
         **(_operands(normed, down) | before | {OWN.get(name, name): value for name, value in written.items()}),
         parts_ptr=cut.empty(normed),
         q_weight_ptr=query_norm,

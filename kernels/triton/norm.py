@@ -142,9 +142,10 @@ def _launch(
     launch(configuration, (x.shape[0],), eps=eps, **arguments(x), **tensors)
 
 
-def norm_warps(width: int) -> int:
-    """Warps for a row: no more than those of a product that reads it in the same launch (latent_products.py)."""
-    return min(4, row_warps(width))
+def norm_warps(width: int, codes: Codes = "") -> int:
+    """Warps for a row: no more than those of a product that reads it in the same launch (latent_products.py). With
+    four, divisions by a static scale, which are calls, would put registers into local memory."""
+    return row_warps(width) if codes == "static" else min(4, row_warps(width))
 
 
 @kept
@@ -162,4 +163,4 @@ def norm_configuration(
     constants |= dict.fromkeys({"out_ptr", "static_ptr", "codes_ptr", "scales_ptr"} - types.keys())
     constants |= {"CODES": bool(codes), "STATIC": static}
     function = _rms_norm if residual_stride is None else _add_rms_norm
-    return Configuration(function, {**types, "eps": "fp32"}, constants, num_warps=norm_warps(width))
+    return Configuration(function, {**types, "eps": "fp32"}, constants, num_warps=norm_warps(width, codes))
