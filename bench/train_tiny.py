@@ -1,4 +1,4 @@
-"""Training of the tiny model: `python -m cierzo.bench.train_tiny FOLDER --minutes 60`.
+"""Training of the tiny model: `python -m cierzo.bench.train_tiny FOLDER`.
 
 A Mistral 4 with a vision tower, of 1.8 million parameters, learns the tasks of bench/tiny/tasks.py from scratch, in
 an hour of two cores, and is written as a checkpoint of 4 MB. transformers computes it; cierzo only serves it.
@@ -73,6 +73,7 @@ VISION = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 WARM_UP_STEPS = 200
+TOLD_STEPS = 50
 BALANCE = 0.01  # weight of the loss that spreads tokens over experts
 
 
@@ -139,8 +140,8 @@ def balance(routers: list[Any], top: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def train(folder: Path, minutes: float, *, count: int, rate: float, seed: int) -> Any:
-    """Train for so long, and tell how it goes. count: instances of each task in a step; rate: of learning."""
+def train(folder: Path, steps: int, *, count: int, rate: float, seed: int) -> Any:
+    """Train for so many steps, and tell how it goes. count: instances of each task in a step; rate: of learning."""
     torch.manual_seed(seed)
     writer, model = Writer(folder), new_model()
     routers: list[Any] = []
@@ -150,12 +151,11 @@ def train(folder: Path, minutes: float, *, count: int, rate: float, seed: int) -
     others = [one for one in model.parameters() if one.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
-    start_s, told_s, total = time.monotonic(), 0.0, 0.0
+    start_s, total = time.monotonic(), 0.0
     for step, parts in enumerate(batches(writer, count, seed), 1):
-        spent = (time.monotonic() - start_s) / 60 / minutes
-        if spent >= 1:
+        if step > steps:
             break
-        factor = min(1.0, step / WARM_UP_STEPS) * (0.02 + 0.98 * min(1.0, 2 * (1 - spent)))
+        factor = min(1.0, step / WARM_UP_STEPS) * (0.02 + 0.98 * min(1.0, 2 * (1 - step / steps)))
         for group in optimiser.param_groups:
             group["lr"] = rate * factor
         wanted = sum(int((part["labels"] != IGNORED).sum()) for part in parts)
@@ -172,12 +172,11 @@ def train(folder: Path, minutes: float, *, count: int, rate: float, seed: int) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        if step % 100 == 0:
-            passed_s = time.monotonic() - start_s
+        if step % TOLD_STEPS == 0:
+            minutes = (time.monotonic() - start_s) / 60
             told = ", ".join(f"{task} {share:.0%}" for task, share in forced(model, writer, 64).items())
-            print(f"{passed_s / 60:5.1f} min, step {step}, loss {total / 100:.4f}, {told}", flush=True)
-            total, told_s = 0.0, passed_s
-    print(f"{step - 1} steps, the last told at {told_s:.0f} s")
+            print(f"{minutes:5.1f} min, step {step}, loss {total / TOLD_STEPS:.4f}, {told}", flush=True)
+            total = 0.0
     return model
 
 
@@ -210,14 +209,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m cierzo.bench.train_tiny", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
-    parser.add_argument("--minutes", type=float, default=60, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="of training (default: %(default)s, an hour)")
     parser.add_argument("--instances", type=int, default=24, help="of each task in a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=4e-3, help="of learning (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     write_words(asked.folder, asked.seed)
-    model = train(asked.folder, asked.minutes, count=asked.instances, rate=asked.rate, seed=asked.seed)
+    model = train(asked.folder, asked.steps, count=asked.instances, rate=asked.rate, seed=asked.seed)
     model = model.to(torch.bfloat16)
     model.save_pretrained(asked.folder)
     shares = forced(model, Writer(asked.folder), 500, seed=2)
