@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import DTYPES, KVPool
-from cierzo.engine.config import EngineConfig
-from cierzo.engine.environment import cache_dir
+from cierzo.engine.config import EngineConfig, cache_dir
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
@@ -359,7 +358,7 @@ def load_model(
             model = build(matrices, ReadAhead(parameters, reader))
             log.info("weights: %s", matrices.fill(progress))
         elif device.type == "cuda":
-            source = DeviceMatrices(config.weights, dtype, device, config.activations, config.head)
+            source = DeviceMatrices(config.weights, dtype, device, config.activations)
             model = build(source, ReadAhead(parameters, reader, progress=progress))
         elif config.weights == PLAIN_FORMATS[dtype]:
             model = build(PlainMatrices())
