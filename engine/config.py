@@ -312,7 +312,7 @@ def _limits(options: EngineOptions, profile: Profile, max_model_len: int, model:
         max_model_len=max_model_len,
         priority_aging_s=options.priority_aging_s,
         image_cache_tokens=options.image_cache_tokens,
-        image_stages=getattr(getattr(model, "vision", None), "num_layers", 1),
+        image_stages=1 if model.vision is None else model.vision.num_layers,
     )
 
 

@@ -101,10 +101,10 @@ def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) 
 def images_bytes(model: ModelConfig, num_kept: int) -> int:
     """Bytes of the embeddings of images that are kept, or of the largest image, and of its pixels on their way to
     the device (staging.py); what the tower holds while it sees one comes on top."""
-    vision = getattr(model, "vision", None)
+    vision = model.vision
     if vision is None:
         return 0
-    side = vision.max_side_px // (vision.patch * vision.merge)
+    side = vision.max_side_px // vision.unit_px
     return 2 * model.hidden_size * max(num_kept, side * side) + STAGED_PIXELS * 3 * 4 * vision.max_side_px**2
 
 

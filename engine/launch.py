@@ -268,7 +268,7 @@ def model_info(config: EngineConfig, prompts: PromptEncoder) -> ModelInfo:
 
 def vision_info(config: EngineConfig) -> VisionInfo | None:
     """Describe the images that the model takes; None if it takes none."""
-    vision = getattr(config.model, "vision", None)
+    vision = config.model.vision
     if vision is None:
         return None
     names = ("patch", "merge", "max_side_px", "image_token_id", "break_token_id", "end_token_id")

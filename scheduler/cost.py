@@ -129,9 +129,8 @@ class CostLearner:
         self._products = [[0.0] * FEATURES for _ in range(FEATURES)]  # sums of products of two features
         self._sums = [0.0] * FEATURES  # of products of a feature and the seconds
         # in the order in which coefficients are found: what one explains, no later one has to
-        self._found = [
-            0.0
-        ] * FEATURES  # step, row, pair, sequence, decode context, prompt, embedding, pair of these
+        # step, row, pair, sequence, decode context, prompt, embedding, pair of these
+        self._found = [0.0] * FEATURES
         self._seen = self._decodes = 0
         self._passed_s = 0.0  # of steps that nothing was learned from
 
@@ -144,7 +143,7 @@ class CostLearner:
         """Learn from a step that took `seconds`; whether the price has changed."""
         if seconds <= 0.0:
             return False
-        if not work.rows:
+        if not (work.rows or work.embeddings):
             self._decodes += 1
             if self._decodes % DECODE_STRIDE and self.is_priced:
                 return False

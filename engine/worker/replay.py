@@ -147,8 +147,8 @@ class Replay:
         self._clock = RecordedClock(self._records)
         self._core = EngineCore(self.config, runner, self._clock)
         self._core.observe = self._compare
-        vision = getattr(self.config.model, "vision", None)
-        self._unit = 1 if vision is None else vision.patch * vision.merge
+        vision = self.config.model.vision
+        self._unit = 1 if vision is None else vision.unit_px
         self._expected: Step | None = None
         self._num_seqs = 0
         self._tokens: dict[tuple[int, int], tuple[list[int], list[int]]] = {}  # recorded, and chosen now

@@ -113,7 +113,7 @@ class ModelRunner:
     def of(
         cls, config: EngineConfig, model: Model, kv: KVPool, description: str = "", tower: Tower | None = None
     ) -> ModelRunner:
-        """The runner of a model on the configuration's device. tower: by default the model's own, if it has one."""
+        """The runner of a model on the configuration's device."""
         device, limits, staged, graphs = torch.device(config.device), config.scheduler, None, None
         by_name = config.kernels.implementations
         host_reads = any(by_name.get(name) == "torch" for name in ("mla_decode", "gqa_decode"))
@@ -139,7 +139,7 @@ class ModelRunner:
             graphs=graphs,
             overlap=config.overlap,
             experts=ExpertCounter.of(config.model) if config.expert_statistics else None,
-            tower=tower or _tower_of(model),
+            tower=tower,
         )
 
     def prepare(self, config: EngineConfig, compilation: Compilation) -> None:
@@ -290,14 +290,6 @@ class ModelRunner:
         return self._description
 
 
-def _tower_of(model: Model) -> Tower | None:
-    """The tower of a model that has one."""
-    tower = getattr(model, "tower", None)
-    if tower is None or hasattr(tower, "stages"):
-        return getattr(tower, "stages", None)
-    return lambda pixels: iter([tower.embed(pixels)])
-
-
 def load_runner(config: EngineConfig) -> ModelRunner:
     """A runner of the checkpoint's model, which compiles nothing any more. Raises CheckpointError, ConfigError,
     CompileError, LaunchError, DeviceFault, MemoryError."""
@@ -313,7 +305,8 @@ def load_runner(config: EngineConfig) -> ModelRunner:
         model, kv, description = load_model(config, None if on_cpu else begin)
         if not on_cpu:
             description += f"\nweights loaded in {time.perf_counter() - start:.1f} s"
-        runner = ModelRunner.of(config, model, kv, description)
+        tower = None if model.tower is None else model.tower.stages
+        runner = ModelRunner.of(config, model, kv, description, tower)
     for compilation in compilations:
         runner.prepare(config, compilation)
     return runner

@@ -1,4 +1,4 @@
-"""What config.json and params.json say of a vision tower, and what of it is refused."""
+"""Vision towers as config.json and params.json describe them, and descriptions that are refused."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ SMALL4 = VisionConfig(  # model.md 1.7
 
 
 def read_hf(folder: Path, tower: Any = NOTHING, text_only: bool = False, **outer: Any) -> VisionConfig | None:
-    """Of Small 4's config.json with changes; `...` takes a field out."""
+    """A reading of Small 4's config.json with changes; `...` takes a field out."""
     inner = changed(TOWER, tower) if isinstance(tower, dict) else tower
     values = changed(OUTER | {"vision_config": inner}, outer)
     return read_model_config(write_config(folder, values), text_only).vision
 
 
 def read_native(folder: Path, text_only: bool = False, **changes: Any) -> VisionConfig | None:
-    """Of Small 4's params.json, with changes to its vision_encoder."""
+    """A reading of Small 4's params.json, with changes to its vision_encoder."""
     encoder = changed(vision_shape_of("full").encoder(), changes)
     params = native_params(TEXT) | {"vision_encoder": encoder}
     (folder / "params.json").write_bytes(msgspec.json.encode(params))

@@ -15,8 +15,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-
-pytest.importorskip("cierzo.engine.model.vision")
 from vision_oracle import TEXTS, image, image_tokens, oracle_logits, write_folder
 
 from cierzo.cache.layout import GIB

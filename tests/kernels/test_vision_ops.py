@@ -72,7 +72,7 @@ def test_rows_of_queries_keys_and_values_are_each_their_own_way_apart(instructio
 
 
 def test_a_patch_has_the_same_bits_wherever_it_stands(instruction_set: str) -> None:
-    """Its own query, beside the same keys: the rows of queries around it do not matter."""
+    """A query beside the same keys gets the same bits, whatever queries are around it."""
     q, keys, values = patches(200, 2, 64, torch.bfloat16)
     whole = vision.image_attention(q, keys, values, 0.125)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))

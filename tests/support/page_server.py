@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from browser import Browser
+from selenium.webdriver.common.keys import Keys
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -186,3 +188,8 @@ def page_server():
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+def ask(window: Browser, text: str) -> None:
+    """Ask the page's chat box a question."""
+    window.one("#question").send_keys(text, Keys.ENTER)

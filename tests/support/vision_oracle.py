@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from oracle import MOE, ORACLES
+from published import NATIVE
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,27 +56,6 @@ _PUBLISHED = (
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-_NATIVE_TEXT = {
-    "self_attn.q_a_proj": "attention.wq_a",
-    "self_attn.q_a_layernorm": "attention.q_a_norm",
-    "self_attn.q_b_proj": "attention.wq_b",
-    "self_attn.kv_a_proj_with_mqa": "attention.wkv_a_with_mqa",
-    "self_attn.kv_a_layernorm": "attention.kv_a_norm",
-    "self_attn.kv_b_proj": "attention.wkv_b",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate": "gate",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.shared_experts.gate_proj": "shared_experts.w1",
-    "mlp.shared_experts.down_proj": "shared_experts.w2",
-    "mlp.shared_experts.up_proj": "shared_experts.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 _NATIVE_VISION = {
     "model.vision_tower.patch_conv": "vision_encoder.patch_conv",
     "model.vision_tower.ln_pre": "vision_encoder.ln_pre",
@@ -200,7 +180,7 @@ def _native(name: str, tensor: Tensor, text: str) -> list[tuple[str, Tensor]]:
         ]
     if text == "mistral" and inner in ("self_attn.q_proj", "self_attn.k_proj"):
         tensor = pairs_of_halves(tensor, 4 if inner == "self_attn.q_proj" else 2)
-    return [(f"layers.{layer}.{_NATIVE_TEXT[inner]}.weight", tensor)]
+    return [(f"layers.{layer}.{NATIVE[inner]}.weight", tensor)]
 
 
 def pairs_of_halves(rows: Tensor, heads: int) -> Tensor:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import uvloop
+from browser import Browser, browser
 from http_house import HttpHouse
+from page_server import PageServer, page_server
 
 
 @pytest.fixture(params=[False, True], ids=["embedded", "gateway"])
@@ -40,3 +42,20 @@ def run() -> Callable[..., None]:
             await body
 
     return lambda body, limit_s=20.0: uvloop.run(limited(body, limit_s))
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    """A browser's window."""
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(window: Browser) -> Iterator[PageServer]:
+    """A server whose page is open, and of which the browser has nothing to complain in the end."""
+    with page_server() as server:
+        window.open(server.url)
+        window.shows("#state", "ready")
+        yield server
+        assert not window.complaints()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import PHONE, WIDE, Browser, browser
+from browser import PHONE, WIDE, Browser
 from http_house import HttpHouse
 from page_server import PageServer, figures, page_server
 from selenium.webdriver.common.keys import Keys
@@ -23,12 +23,6 @@ MAX_PAINT_MS = 500
 NONE = "\N{EN DASH}"
 MARKUP_OF_TEXT = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|setHTML"
 MIN_CONTRAST = 4.5  # of text, WCAG 2 AA
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
 
 
 @pytest.fixture

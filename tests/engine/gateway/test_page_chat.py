@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import PHONE, Browser, browser
-from page_server import Event, PageServer, chunk, figures, page_server, said
+from browser import PHONE, Browser
+from page_server import Event, PageServer, ask, chunk, figures, said
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from starlette.responses import JSONResponse
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def page(window: Browser) -> Iterator[PageServer]:
-    """A server whose page is open, and of which the browser has nothing to complain in the end."""
-    with page_server() as server:
-        window.open(server.url)
-        window.shows("#state", "ready")
-        yield server
-        assert not window.complaints()
-
-
-def ask(window: Browser, text: str) -> None:
-    window.one("#question").send_keys(text, Keys.ENTER)
 
 
 def call(index: int, name: str = "", arguments: str = "", call_id: str = "") -> dict[str, Any]:

@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from browser import Browser, browser
+from browser import Browser
 from image_files import picture
-from page_server import PageServer, figures, page_server, said
-from selenium.webdriver.common.keys import Keys
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def page(window: Browser) -> Iterator[PageServer]:
-    """A server whose page is open, and of which the browser has nothing to complain in the end."""
-    with page_server() as server:
-        window.open(server.url)
-        window.shows("#state", "ready")
-        yield server
-        assert not window.complaints()
-
-
-def ask(window: Browser, text: str) -> None:
-    window.one("#question").send_keys(text, Keys.ENTER)
+from page_server import PageServer, ask, figures, said
 
 
 def test_pictures_go_with_the_question(window: Browser, page: PageServer, tmp_path: Path) -> None:
