@@ -76,7 +76,7 @@ def machine(*, num_blocks: int = 64, prefix_caching: bool = True, **limits: Any)
 
 
 def timed_machine(**limits: Any) -> Machine:
-    """A cost by which steps have room for few rows and few stages of a tower."""
+    """A machine whose steps have room for few rows and few stages of a tower."""
     made = machine(max_step_s=1.0, image_stages=3, **limits)
     made.core._scheduler.reprice(StepCost(0.0, 0.0, 0.0, 0.0, 0.05, 0.0, embedding_s=0.3))
     return made
