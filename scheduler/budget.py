@@ -208,5 +208,7 @@ class StepBudget:
 
     def work(self) -> StepWork:
         """All that the step has taken on."""
-        images = sum(size for _, size, _ in self._images), sum(pairs for _, _, pairs in self._images)
-        return StepWork(self._sequences, self._decode_context, self._rows, self._pairs, self._context, *images)
+        text = self._sequences, self._decode_context, self._rows, self._pairs, self._context
+        if not self._images:
+            return StepWork(*text)
+        return StepWork(*text, sum(size for _, size, _ in self._images), sum(pairs for _, _, pairs in self._images))

@@ -9,12 +9,13 @@ is kept between steps, within a bound; the runner obeys (`StepPlan.kept`), and m
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cierzo.cache.images import ImageSpan, first_behind
 
 if TYPE_CHECKING:
+    from cierzo.scheduler.plan import RequestKey
     from cierzo.scheduler.request import Request
 
 
@@ -104,17 +105,26 @@ class EmbeddingBook:
         self._pins: Counter[bytes] = Counter()  # running sequences that stand inside the image
         self._step: set[bytes] = set()  # used by the step that is being planned
         self._left: dict[bytes, int] = {}  # of those that are begun, stages that are left
+        self._made: dict[bytes, tuple[RequestKey, int]] = {}  # in this step: for whom, and stages left before
+        self._num_kept = 0  # embeddings
         self._begun: list[tuple[Image, int]] = []  # in this step: images, stages
         self._has_changed = True
 
     def begin_step(self) -> None:
         """Plan the next step: what the one before used may go."""
-        self._step.clear()
         self._begun = []
+        if not self._kept:
+            return
+        self._step.clear()
+        self._made.clear()
+        for key in [key for key in self._left if key not in self._pins]:
+            self._drop(key)  # nobody stands before it any more
         self._evict()
 
     def lacking(self, request: Request, start: int, count: int) -> list[Lacking]:
         """Find the images that the next `count` tokens need and nobody has, in order."""
+        if not request.new.images:
+            return []
         found, seen = [], set[bytes]()
         for image in within(request.new.images, start, start + count):
             left = self._left.get(image.key, 0) if image.key in self._kept else self._num_stages
@@ -134,18 +144,19 @@ class EmbeddingBook:
     def take(self, request: Request, start: int, count: int, begun: tuple[Image, int] | None = None) -> int:
         """Plan a chunk of a sequence: its images are used, and made if they are not there. begun: the image behind
         it, and stages of it that the step takes. How many embeddings are made that its tenant has not paid for."""
-        if not count and begun is None:
+        if not request.new.images or not (count or begun):
             return 0
         end = start + count
-        images = within(request.new.images, start, end)
+        images = within(request.new.images, start, end) if count else ()  # else one that it stands inside of
         made = sum(self._use(image, request) for image in images)
         for image in images:
-            self._left.pop(image.key, None)
+            if left := self._left.pop(image.key, 0):
+                self._made[image.key] = request.key, left
         inside = [image for image in within(request.new.images, end, end + 1) if image.offset < end]
         if begun is not None:
             image, stages = begun
             made += self._use(image, request)
-            self._left[image.key] = self._left.get(image.key, self._num_stages) - stages
+            self._left[image.key] -= stages
             if not self._left[image.key]:
                 del self._left[image.key]
             self._begun.append(begun)
@@ -159,8 +170,15 @@ class EmbeddingBook:
 
     def leave(self, request: Request) -> None:
         """A sequence gives up its slot, and does not stand inside an image any more."""
-        self._unpin(request)
-        self._evict()
+        if request.inside_image is not None:
+            self._unpin(request)
+            self._evict()
+
+    def withdraw(self, keys: Container[RequestKey]) -> None:
+        """Take sequences out of the step: what would have been made for their rows is not."""
+        for key, (owner, left) in self._made.items():
+            if owner in keys:
+                self._left[key] = left
 
     def told(self) -> tuple[tuple[bytes, ...] | None, list[tuple[Image, int]]]:
         """Tell what a runner has to know of the planned step: keys of all that is kept from then on, if that has
@@ -180,6 +198,8 @@ class EmbeddingBook:
         key, made = image.key, 0
         if key not in self._kept:
             self._kept[key], self._has_changed = image.num_embeddings, True
+            self._num_kept += image.num_embeddings
+            self._left[key] = self._num_stages
             if image.end > request.paid_images_end:
                 request.paid_images_end, made = image.end, image.num_embeddings
         self._kept.move_to_end(key)
@@ -187,13 +207,18 @@ class EmbeddingBook:
         return made
 
     def _evict(self) -> None:
-        total = sum(self._kept.values())
+        if self._num_kept <= self._max_tokens:
+            return
         for key in [*self._kept]:
-            if total <= self._max_tokens:
+            if self._num_kept <= self._max_tokens:
                 break
             if key not in self._step and key not in self._pins:
-                total, self._has_changed = total - self._kept.pop(key), True
-                self._left.pop(key, None)
+                self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        self._num_kept -= self._kept.pop(key)
+        self._left.pop(key, None)
+        self._has_changed = True
 
     def _unpin(self, request: Request) -> None:
         key, request.inside_image = request.inside_image, None

@@ -72,7 +72,8 @@ def is_hopeless(request: Request, cost: StepCost | None, now: float, lacking: It
     if deadline_at_s is None or cost is None:
         return False
     least_s = cost.prompt_seconds(request.num_planned, len(request.tokens))
-    least_s += sum(one.share * cost.image_s(one.image.num_embeddings) for one in lacking)
+    if lacking:
+        least_s += sum(one.share * cost.image_s(one.image.num_embeddings) for one in lacking)
     return least_s > HOPELESS * (deadline_at_s - now)
 
 

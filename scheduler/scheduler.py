@@ -169,7 +169,8 @@ class Scheduler:
         if work is not None and seqs and self._cost is not None:
             self._predicted_s = self._cost.seconds(work)
         num_tokens = self._config.budget_tokens - budget.tokens
-        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, *self._images.told())
+        told = self._images.told() if seqs else (None, [])  # no runner gets an empty step
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, *told)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
@@ -404,7 +405,9 @@ class Scheduler:
                 return False
             for victim in victims:
                 self._preempt(victim)
-            budget.withdraw({victim.key for victim in victims})
+            keys = {victim.key for victim in victims}
+            budget.withdraw(keys)
+            self._images.withdraw(keys)
             turns.refresh()
 
     def _has_a_claim(self, request: Request) -> bool:

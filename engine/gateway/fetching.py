@@ -139,7 +139,7 @@ class Fetching:
             size = max(len(answer.body), answer.length)
             if size > self._max_bytes:
                 what = f"it has {size} bytes or more"
-                raise _failed(place, what, f"{self._max_bytes} bytes (max_image_bytes)", size)
+                raise _failed(place, what, f"{self._max_bytes} bytes (max_fetched_bytes)", size)
             if not answer.has_head and num_bytes > MAX_HEAD_BYTES:
                 raise _failed(place, "its head is too long", f"{MAX_HEAD_BYTES} bytes", num_bytes)
         if not answer.is_complete and (answer.length or answer.is_chunked or not answer.has_head):

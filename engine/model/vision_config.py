@@ -18,11 +18,13 @@ BREAK_TOKEN_ID, END_TOKEN_ID = 12, 13  # of every tokenizer of these models; con
 
 
 def read_pixtral(outer: Fields, norm_eps: float) -> VisionConfig | None:
-    """The tower of a `mistral3` config.json, whose defaults are filled in; None where there is no vision_config.
+    """The tower of a `mistral3` config.json, whose defaults are filled in; None where there is no vision_config, or
+    one that says no more than its type: checkpoints of the text model alone are wrapped so.
 
     norm_eps: of the text model, whose value transformers gives the projector's norm. Raises CheckpointError.
     """
-    if not outer.get("vision_config", None):
+    stated = outer.get("vision_config", None)
+    if not stated or stated == {"model_type": "pixtral"}:
         return None
     try:
         outer.only("projector_hidden_act", ("gelu",))

@@ -166,7 +166,7 @@ def _too_large(field: str, limits: ImageLimits, said: str, value: object = None)
 
 def _undecodable(field: str, error: Exception) -> InvalidRequest:
     is_none = isinstance(error, UnidentifiedImageError)
-    said = "its first bytes are of another format" if is_none else f"{type(error).__name__}: {error}"
+    said = "it is of another format, or cut" if is_none else f"{type(error).__name__}: {error}"
     known = ", ".join(FORMATS)
     what = f"{field} is no whole image of {known}: {said[:MAX_REASON_CHARS]}"
     return InvalidRequest(what, field=field, limit=known, value=said[:MAX_REASON_CHARS])

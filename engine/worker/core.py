@@ -301,6 +301,9 @@ class EngineCore:
         error = self._launch(plan) or self._collect(plan, since_s)
         if error is None:
             return
+        if plan.begun:  # a tower may have failed whose image no row of this step needs
+            self._run(self._scheduler.revise(plan))
+            return
         count, reason = len(plan.seqs), f"step {plan.step} failed: {type(error).__name__}: {error}"
         if count == 1:
             log.error("request %s ends: step %d failed", plan.seqs[0].key, plan.step, exc_info=error)

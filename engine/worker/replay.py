@@ -186,7 +186,7 @@ class Replay:
 
     def _submit(self, record: Submitted | Open) -> None:
         """Give the core a request: one that came, or one that was in flight and goes on from its last token."""
-        sampling, tokens = record.sampling, record.tokens
+        sampling, tokens, grammar = record.sampling, record.tokens, record.grammar
         if isinstance(record, Open):
             first_sample, sampling = record.sample, msgspec.structs.replace(sampling, n=1)
         else:
@@ -196,7 +196,7 @@ class Replay:
             sampling = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
         elif record.images:  # the answer is another one, as the images are
             self._made_up.request_ids.add(record.request_id)
-            sampling = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=())
+            sampling, grammar = msgspec.structs.replace(sampling, ignore_eos=True, stop_token_ids=()), ""
         submit = Submit(
             request_id=record.request_id,
             prompt_token_ids=tokens[: record.num_prompt],
@@ -212,7 +212,7 @@ class Replay:
             weight=record.weight,
             cache_salt=record.salt,
             num_scored=record.num_scored,
-            grammar=record.grammar,
+            grammar=grammar,
             images=[blank(*image, self._unit) for image in record.images],
         )
         if record.is_held:

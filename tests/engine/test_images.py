@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner, fake_config
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import StepCost
+from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import StepPlan
 
 VOCAB = 50
@@ -225,8 +227,9 @@ def test_a_tower_that_takes_long_works_beside_those_who_decode(room: int, times:
         assert ours.tokens[number, 0] == alone(submit(number, [number, LARGE, 5, (1, 4, 2), 6])).tokens[number, 0]
 
 
-def test_what_an_aborted_request_had_begun_is_forgotten() -> None:
-    ours = timed_machine(image_cache_tokens=1)
+@pytest.mark.parametrize("room", [1, 1000])
+def test_what_an_aborted_request_had_begun_is_forgotten(room: int) -> None:
+    ours = timed_machine(image_cache_tokens=room)
     ours.core.submit(submit(0, [1, 2, 3], max_tokens=60))
     ours.step()
     ours.core.submit(submit(1, [LARGE, 5]))
@@ -237,6 +240,22 @@ def test_what_an_aborted_request_had_begun_is_forgotten() -> None:
     assert not ours.runner._embeddings._begun
     assert not ours.runner.towers
     ours.run()
+
+
+def test_a_tower_that_fails_in_stages_ends_its_own_request_alone() -> None:
+    ours = timed_machine()
+    ours.core.submit(submit(0, [1, 2, 3], max_tokens=60))
+    ours.step()
+
+    def fail(image: Image) -> Iterator[None]:
+        raise ValueError("the tower fails")
+        yield
+
+    ours.runner._embeddings._embed = fail
+    ours.core.submit(submit(1, [LARGE, 5]))
+    ours.run()
+    assert ours.ends == {(0, 0): "length", (1, 0): "failed"}
+    assert ours.tokens[0, 0] == alone(submit(0, [1, 2, 3], max_tokens=60)).tokens[0, 0]
 
 
 def test_a_decode_step_has_no_images() -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from grammar_twin import FREE, VOCAB, VOCABULARY
 from image_prompts import picture, random_parts
 from image_prompts import submit as with_images
 from recorded import CONFIG, Recorded, segments
 from recorded import records as records_of
 
 from cierzo.engine.flight import Ended, Open, Submitted
-from cierzo.engine.messages import Abort
+from cierzo.engine.messages import Abort, Submit
+from cierzo.engine.worker.fake import fake_config
 from cierzo.engine.worker.replay import Replay
 
 SMALL = msgspec.structs.replace(
@@ -46,6 +48,23 @@ def test_a_replay_takes_the_same_steps(tmp_path: Path, overlap: bool, with_promp
     replay.run()
     assert replay.departure == ""
     assert "blank ones of their sizes" in replay.describe_record()
+
+
+def test_no_grammar_ends_an_answer_about_a_blank_image(tmp_path: Path) -> None:
+    """Its tokens are others, of which the grammar would end some earlier than the record says."""
+    config = fake_config(CONFIG.scheduler, CONFIG.cache, vocab_size=VOCAB)
+    recorded = Recorded(tmp_path, with_prompts=True, config=config)
+    recorded.tell(VOCABULARY)
+    for request_id, parts in enumerate(([1, (0, 2, 3), 5], [1, 5])):
+        asked = with_images(request_id, parts)
+        recorded.tell(msgspec.structs.replace(asked, grammar=FREE + 'start: "a" | "bbbb"'))
+    recorded.run()
+    replay = Replay(records_of(tmp_path))
+    told: list[Submit] = []
+    submit, replay._core.submit = replay._core.submit, lambda one: (told.append(one), submit(one))[1]
+    replay.run()
+    assert replay.departure == ""
+    assert {one.request_id: bool(one.grammar) for one in told} == {0: False, 1: True}
 
 
 def test_what_is_recorded_tells_equal_images_and_not_which_they_are(tmp_path: Path) -> None:

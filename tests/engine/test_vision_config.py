@@ -80,6 +80,11 @@ def test_older_spellings_are_the_same(tmp_path: Path) -> None:
     assert found.rope_theta == 500.0
 
 
+def test_a_type_alone_is_no_tower(tmp_path: Path) -> None:
+    """As folders of the text model alone are wrapped."""
+    assert read_hf(tmp_path, vision_config={"model_type": "pixtral"}) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -31,14 +32,17 @@ def image(offset: int, name: int, rows: int = SIDE, columns: int = SIDE) -> Imag
 class Machine:
     """A scheduler with a price, whose clock passes as the price says."""
 
-    def __init__(self, cost: StepCost | None = COST, **limits: Any) -> None:
+    def __init__(
+        self, cost: StepCost | None = COST, *, num_blocks: int = 4096, block_tokens: int = 16, **limits: Any
+    ) -> None:
         self.now, self.cost = 0.0, cost
         defaults = {"budget_tokens": 4096, "max_chunk_tokens": 2048, "max_running": 64, "max_model_len": 8192}
-        cache = KVCacheManager(CacheConfig(num_blocks=4096, block_tokens=16))
+        cache = KVCacheManager(CacheConfig(num_blocks=num_blocks, block_tokens=block_tokens))
         config = SchedulerConfig(**{**defaults, "max_step_s": 0.5, **limits})
         self.scheduler = Scheduler(config, cache, lambda: self.now, cost)
         self.made: dict[int, list[bytes]] = {}  # by step: images that a runner makes
         self.kept: set[bytes] = set()
+        self.begun: set[bytes] = set()
 
     def add(
         self, request_id: int, prompt_tokens: int, *images: Image, max_tokens: int = 500, **fields: Any
@@ -56,6 +60,9 @@ class Machine:
         needed = {one.key for seq in plan.seqs for one in seq.images}
         self.made[plan.step] = sorted(needed - self.kept)
         self.kept |= needed
+        self.begun |= {one.key for one, _ in plan.begun}
+        book = self.scheduler._images
+        assert {*book._kept} - {*book._left} <= self.kept | self.begun, "it has as made what no plan makes"
         if self.cost is not None and plan.work is not None:
             self.now += self.cost.seconds(plan.work)
         self.scheduler.commit(plan, StepResult([[7] if seq.samples else [] for seq in plan.seqs]))
@@ -112,6 +119,73 @@ def test_an_image_that_takes_longer_than_the_target_is_made_in_stages() -> None:
     for number in range(3):
         assert 12 <= sum(stages for key, stages in begun if key == bytes([number])) <= 24
     assert all(len(one.tokens) > 180 or one.key[0] == 100 for one in machine.scheduler.requests())
+
+
+def test_an_image_that_a_prefix_ends_inside_of_is_finished_in_stages() -> None:
+    """Its rows are found in the cache up to there, its embeddings are gone, and somebody decodes all the time."""
+    machine = Machine(max_step_s=0.1, image_stages=24, image_cache_tokens=1)
+    shared = tuple(range(110))
+
+    def add(request_id: int, tail: tuple[int, ...], name: int) -> None:
+        sampling = SamplingParams(seed=1, max_tokens=1)
+        new = NewRequest(
+            request_id=request_id, prompt_token_ids=shared + tail, sampling=sampling, images=(image(0, name),)
+        )
+        machine.scheduler.add(new)
+
+    for request_id, name in ((1, 1), (2, 2)):  # the second image takes the room of the first
+        add(request_id, (111, 112, 113), name)
+        while machine.scheduler.has_work():
+            machine.step()
+    machine.add(100, 20, max_tokens=5000)
+    machine.step()
+    add(3, (114, 115, 116), 1)
+    stages = 0
+    for _ in range(40):
+        plan = machine.step()
+        stages += sum(count for _, count in plan.begun)
+        if any(seq.key == (3, 0) for seq in plan.seqs):
+            break
+    assert any(seq.key == (3, 0) for seq in plan.seqs)
+    assert stages < 24
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_images_of_chunks_that_other_tenants_claim_are_not_made(seed: int) -> None:
+    """Random tenants, of whom some take the room of others within a step; `Machine.step` looks at the book."""
+    rng = random.Random(seed)
+    limits = {
+        "budget_tokens": 64,
+        "max_chunk_tokens": 24,
+        "max_running": 3,
+        "image_stages": 4,
+        "max_model_len": 400,
+    }
+    room, seconds = rng.choice([1, 60, 500]), rng.choice([0.0, 0.05, 0.3])
+    machine = Machine(**limits, image_cache_tokens=room, max_step_s=seconds, num_blocks=60, block_tokens=8)
+    for number in range(1, 61):
+        pictures = (image(rng.randrange(10), number, 5, 5), image(60, number + 100, 5, 5))
+        tenant, weight = rng.choice("abc"), rng.choice([1.0, 4.0])
+        machine.add(number, 150, *pictures, max_tokens=30, tenant=tenant, weight=weight)
+        for _ in range(rng.randint(0, 4)):
+            machine.step()
+
+
+class Held:
+    """A constraint that is never made."""
+
+    state, error = None, ""
+
+
+def test_an_empty_step_tells_nothing_that_no_runner_hears() -> None:
+    machine = Machine(image_cache_tokens=1)
+    machine.add(1, 150, image(0, 1), max_tokens=1)
+    machine.add(9, 2, constraint=Held())
+    assert machine.step().kept == (image(0, 1).key,)
+    plan = machine.step()
+    assert (plan.seqs, plan.kept) == ([], None)
+    machine.add(2, 20)
+    assert machine.step().kept == ()
 
 
 def test_stages_are_for_those_who_decode() -> None:
