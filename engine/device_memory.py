@@ -87,15 +87,15 @@ def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) 
     """Bytes of everything beside weights and cache. cached_tokens: what the cache holds at most."""
     logits = max(limits.max_running, SCORED_ROWS)
     launched = max(launched_bytes(model, limits.budget_tokens), sampled_bytes(model, logits))
-    launched += images_bytes(model, limits.image_cache_tokens)
+    images = images_bytes(model, limits.image_cache_tokens)
     most = min(limits.graph_sequences, limits.max_running)
     if not most:
-        return launched
+        return launched + images
     found = pairs(most, limits.max_model_len, cached_tokens)
     replayed = replayed_bytes(model, *found[0], limits.max_model_len)
     launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
     recorded = replayed + 4 * most * model.vocab_size + launches * LAUNCH_BYTES
-    return max(launched, replayed) + recorded
+    return max(launched, replayed) + recorded + images
 
 
 def images_bytes(model: ModelConfig, num_kept: int) -> int:

@@ -203,6 +203,7 @@ class StepBudget:
             gone = [(size, pairs) for index, size, pairs in self._images if index not in places]
             self._seconds += sum(self._cost.images_s(*one) for one in gone)
         self._images = [(places[index], size, pairs) for index, size, pairs in self._images if index in places]
+        self._book.withdraw(keys)
         self._num_decodes -= sum(seq.key in keys for seq in self.seqs[: self._num_decodes])
         self.seqs = kept
 

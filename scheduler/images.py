@@ -180,9 +180,11 @@ class EmbeddingBook:
             if owner in keys:
                 self._left[key] = left
 
-    def told(self) -> tuple[tuple[bytes, ...] | None, list[tuple[Image, int]]]:
-        """Tell what a runner has to know of the planned step: keys of all that is kept from then on, if that has
-        changed, and what is begun."""
+    def take_changes(self, *, is_empty: bool) -> tuple[tuple[bytes, ...] | None, list[tuple[Image, int]]]:
+        """Give what a runner has to know of the planned step: keys of all that is kept from then on, if that has
+        changed, and what is begun. is_empty: of the step, which no runner hears of."""
+        if is_empty:
+            return None, []
         has_changed, self._has_changed = self._has_changed, False
         return (*self._kept,) if has_changed else None, self._begun
 

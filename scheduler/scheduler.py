@@ -154,8 +154,7 @@ class Scheduler:
         preemptions = self._accounts.preemptions
         self._images.begin_step()
         decodes, prefills, num_pending = self._plan_decodes()
-        if prefills:
-            prefills = [request for request in prefills if request.state is State.RUNNING]
+        prefills = [request for request in prefills if request.state is State.RUNNING]
         is_priced = bool(prefills or self._tenants.num_waiting or self._num_steps % policy.PRICED_STRIDE == 0)
         context = sum([seq.start for seq in decodes.values()]) + len(decodes) if is_priced else 0
         budget = StepBudget(self._config, self._cost, decodes.values(), context, len(prefills), self._images)
@@ -169,8 +168,8 @@ class Scheduler:
         if work is not None and seqs and self._cost is not None:
             self._predicted_s = self._cost.seconds(work)
         num_tokens = self._config.budget_tokens - budget.tokens
-        told = self._images.told() if seqs else (None, [])  # no runner gets an empty step
-        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, *told)
+        images = self._images.take_changes(is_empty=not seqs)
+        return StepPlan(self._num_steps, seqs, num_tokens, ahead, work, self._predicted_s, *images)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what a step produced. Results of sequences that ended or were preempted since are dropped. Who
@@ -398,16 +397,14 @@ class Scheduler:
                 return True
             if not self._tenants.are_several or not self._has_a_claim(request):
                 return False
-            lacking = (blocks.refused_blocks or self._cache.blocks_for(len(request.tokens))) + reserve
-            lacking -= self._cache.num_free
+            wanted = blocks.refused_blocks or self._cache.blocks_for(len(request.tokens))
+            lacking = wanted + reserve - self._cache.num_free
             victims = self._tenants.victims(self._running.values(), 1 - len(self._free_slots), lacking)
             if not victims:
                 return False
             for victim in victims:
                 self._preempt(victim)
-            keys = {victim.key for victim in victims}
-            budget.withdraw(keys)
-            self._images.withdraw(keys)
+            budget.withdraw({victim.key for victim in victims})
             turns.refresh()
 
     def _has_a_claim(self, request: Request) -> bool:

@@ -92,6 +92,8 @@ class _Pipe(asyncio.Protocol):
     def send(self, command: CoreCommand) -> None:
         """Write a command, together with others of this turn of the loop: a write takes as long as all else that a
         request needs here."""
+        if self.lost.done():
+            return
         if self._pixels.takes(command):
             asyncio.get_running_loop().call_soon(self._write_pixels)
             return
@@ -146,6 +148,7 @@ class _Pipe(asyncio.Protocol):
                 self.ready.set_result(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._pixels = PixelQueue()  # nobody takes them any more
         if not self.lost.done():
             self.lost.set_result(None)
 

@@ -417,7 +417,8 @@ class Encoders:
         """Have a process do a job. One that takes long, and was twice found doing nothing, hangs: EncoderHangs."""
         assert seat.process is not None
         asking, since_s, idle = asyncio.ensure_future(pipe.ask(ticket.frames)), self._clock(), 0
-        wait_s = PATIENCE_S + SLOWEST * ticket.kept_bytes / self._bytes_per_s
+        length = ticket.kept_bytes if ticket.compiles else ticket.num_bytes
+        wait_s = PATIENCE_S + SLOWEST * length / self._bytes_per_s
         try:
             while not (await asyncio.wait({asking}, timeout=wait_s))[0]:
                 wait_s, state = LOOK_AGAIN_S, process_state(seat.process.pid)
@@ -425,7 +426,7 @@ class Encoders:
                 if idle == 2:
                     raise EncoderHangs(is_stopped=state in ("T", "t"))
             encoded = asking.result()
-            rate = ticket.kept_bytes / max(self._clock() - since_s, 1e-6)
+            rate = length / max(self._clock() - since_s, 1e-6)
             if not ticket.compiles:
                 self._bytes_per_s += 0.1 * (rate - self._bytes_per_s)
             return encoded

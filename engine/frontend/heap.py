@@ -90,12 +90,8 @@ class Heap:
         self.fit()
 
     def let_go(self, stream: Stream) -> None:
-        """A stream's images are not needed any more."""
-        num_bytes = self._pixels.pop(stream, 0)
-        if not num_bytes:
-            return
-        self.num_bytes -= num_bytes
-        self._pool.add(stream.tenant.name, -num_bytes)
+        """Give back the room of a stream's images."""
+        self._give(stream, self._pixels.pop(stream, 0))
 
     def fit(self) -> None:
         """Have ended answers forgotten to make room for the others."""
@@ -104,13 +100,14 @@ class Heap:
 
     def release(self, stream: Stream) -> None:
         """A stream has ended, and its reader has all of it or is gone."""
-        num_bytes = self._held.pop(stream, 0)
-        if not num_bytes:
-            return
-        self.num_bytes -= num_bytes
-        self._pool.add(stream.tenant.name, -num_bytes)
-        if self.num_bytes <= self._soft:
-            self._look_at = self._soft
+        self._give(stream, self._held.pop(stream, 0))
+
+    def _give(self, stream: Stream, num_bytes: int) -> None:
+        if num_bytes:
+            self.num_bytes -= num_bytes
+            self._pool.add(stream.tenant.name, -num_bytes)
+            if self.num_bytes <= self._soft:
+                self._look_at = self._soft
 
     def close(self) -> None:
         """Stop what is to come."""

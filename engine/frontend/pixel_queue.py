@@ -21,14 +21,30 @@ class PixelQueue:
         self._pieces: Iterator[Pixels] = iter(())  # of the first of them
 
     def takes(self, command: CoreCommand) -> bool:
-        """Queue a request with images, or what ends one that waits; False for any other command."""
-        if isinstance(command, Submit) and command.images:
+        """Queue a request with images, or what ends one that waits; False for any other command.
+
+        A request that is ended goes without its images, which would be held and sent for nobody, and its end right
+        behind it: the core says how it ended, as of any other.
+        """
+        if isinstance(command, Submit):
+            if command.images:
+                self._add(command)
+            return bool(command.images)
+        if not isinstance(command, Abort) or not self._waiting:
+            return False
+        waiting = [one.request_id == command.request_id and isinstance(one, Submit) for one in self._waiting]
+        places = [place for place, is_its_own in enumerate(waiting) if is_its_own]
+        if not places:
+            return False
+        if command.sample is not None:
             self._add(command)
             return True
-        if isinstance(command, Abort) and any(each.request_id == command.request_id for each in self._waiting):
-            self._add(command)
-            return True
-        return False
+        for place in places:
+            self._waiting[place] = msgspec.structs.replace(self._waiting[place], images=[])
+        if places[0] == 0:
+            self._pieces = iter(())
+        self._waiting.insert(places[-1] + 1, command)
+        return True
 
     def turn(self) -> Iterator[CoreCommand]:
         """The commands of a turn of the loop; it may be left in the middle, and nothing is lost."""
@@ -54,8 +70,9 @@ class PixelQueue:
 
 
 def _pieces_of(command: Submit | Abort) -> Iterator[Pixels]:
-    """The pixels of a request, image by image."""
-    for image in command.images if isinstance(command, Submit) else ():
+    """The pixels of a request, image by image, equal ones once."""
+    images = command.images if isinstance(command, Submit) else ()
+    for image in {image.digest: image for image in images}.values():
         yield from _pieces(image)
 
 

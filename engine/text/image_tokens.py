@@ -9,7 +9,7 @@ import msgspec
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import PromptImage, VisionInfo
 
-# What Mistral's towers were trained with, of R, G and B: what is taken off, and what it is divided by.
+# Mean and standard deviation of R, G and B, by which pixels are normalised as Mistral's towers were trained.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -27,7 +27,7 @@ _STILL = {"PNG", "WEBP"}  # formats of which one with several frames is refused;
 _DEEP = ("I;16", "I;16B", "I;16L", "I")  # Pillow's modes of 16-bit grey
 _ORIENTATION = 0x0112  # of EXIF
 _TURNED = (5, 6, 7, 8)  # its values that swap width and height
-_A = -0.75
+_CUBIC_A = -0.75
 _BLOCK_ROWS = 64  # of output that are resized at a time: what that takes besides is a few megabytes
 DIGEST_BYTES = 16
 MAX_REASON_CHARS = 200
@@ -104,7 +104,7 @@ def _taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     at = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
     first = np.floor(at)
     x = (at - first).astype(np.float32)
-    y, a = np.float32(1) - x, np.float32(_A)
+    y, a = np.float32(1) - x, np.float32(_CUBIC_A)
     weights = np.empty((new, 4), np.float32)
     weights[:, 0] = ((a * (x + 1) - 5 * a) * (x + 1) + 8 * a) * (x + 1) - 4 * a
     weights[:, 1] = ((a + 2) * x - (a + 3)) * x * x + 1
@@ -208,7 +208,7 @@ def _decoded(image: Image.Image, field: str, limits: ImageLimits) -> NDArray[np.
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the picture lies, by its EXIF; 1 (upright) where that is broken."""
+    """EXIF orientation, 1 to 8; 1 (upright) where it is broken."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:

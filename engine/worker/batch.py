@@ -141,11 +141,12 @@ class BatchBuilder:
                 changed_rows.append(seq.slot)
             start, tokens = seq.start, seq.token_ids
             prompt_tokens = seq.num_prompt_tokens - start
+            if prompt_tokens <= 0:  # no image is in an answer
+                absorbed.add(seq.slot, start, tokens)
+                continue
             if seq.images:
                 with_images.append((seq, len(expanded.tokens)))
-            if prompt_tokens <= 0:
-                absorbed.add(seq.slot, start, tokens)
-            elif prompt_tokens >= len(tokens):
+            if prompt_tokens >= len(tokens):
                 expanded.add(seq.slot, start, tokens)
             else:
                 expanded.add(seq.slot, start, tokens[:prompt_tokens])

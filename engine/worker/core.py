@@ -141,11 +141,12 @@ class EngineCore:
         banned = tuple(map(tuple, submit.banned_token_ids))
         sampling, first = submit.sampling, submit.first_sample
         making = self._makers.open(submit) if submit.grammar else None
-        images, lack = tuple[Image, ...](), ""
+        images: tuple[Image, ...] = ()
+        pixel_error = ""
         try:
             images = self._pixels.images(submit) if submit.images else ()
         except ValueError as error:
-            lack = str(error)
+            pixel_error = str(error)
         for sample in range(first, first + submit.sampling.n):
             new = NewRequest(
                 request_id=submit.request_id,
@@ -171,8 +172,8 @@ class EngineCore:
             try:
                 if making is not None and not self.has_vocabulary:
                     raise ValueError("grammar: the core knows no vocabulary")
-                if lack:
-                    raise ValueError(lack)
+                if pixel_error:
+                    raise ValueError(pixel_error)
                 self._scheduler.add(new)
             except QueueFull as error:
                 self._refused.append(_refusal(new, f"overloaded: {error}"))
@@ -302,7 +303,8 @@ class EngineCore:
         if error is None:
             return
         if plan.begun:  # a tower may have failed whose image no row of this step needs
-            self._run(self._scheduler.revise(plan))
+            revised = self._scheduler.revise(plan)
+            self._run(revised)
             return
         count, reason = len(plan.seqs), f"step {plan.step} failed: {type(error).__name__}: {error}"
         if count == 1:

@@ -84,7 +84,7 @@ def launches(config: EngineConfig, weights: DecoderWeights) -> Launches:
 
 
 def _of_images(model: ModelConfig, dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of the vision tower, if there is one: of images of as many tokens as tell all that numbers decide.
+    """Launches of the vision tower, if there is one, for images of the sizes that cover every form of its kernels.
     Its weights are plain, and its layers alike."""
     if model.vision is None:
         return

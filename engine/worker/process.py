@@ -91,12 +91,12 @@ class CoreLoop:
             match command:
                 case Vocabulary():
                     core.vocabulary(command)
-                case Pixels():
-                    core.pixels(command)
                 case Submit():
                     core.submit(command)
                 case Abort():
                     core.abort(command)
+                case Pixels():
+                    core.pixels(command)
                 case Shutdown():
                     return False
             self._stats_are_old = True

@@ -33,19 +33,19 @@ def rows_in_place(batch: Batch) -> tuple[StepRows, Tensor]:
 def _arrays(batch: Batch) -> list[NDArray[Any]]:
     """The arrays that `_rows` takes as tensors."""
     arrays: list[NDArray[Any]] = [batch.token_ids, batch.positions, batch.cache_slots, batch.sample_rows]
-    arrays.append(batch.image_rows)
     for group in (batch.expanded, batch.absorbed):
         arrays += [group.query_starts, group.context_lengths, group.table_rows]
-    return arrays
+    return [*arrays, batch.image_rows] if batch.image_parts else arrays
 
 
 def _rows(batch: Batch, tensors: Sequence[Tensor], tables: Tensor) -> tuple[StepRows, Tensor]:
-    token_ids, positions, cache_slots, sample_rows, image_rows, *segments = tensors
+    token_ids, positions, cache_slots, sample_rows, *segments = tensors
+    image_rows = segments[6] if batch.image_parts else None
     expanded, absorbed = (
         PagedQueries(starts, lengths, table_rows, tables, group.query_lengths, group.contexts)
         for group, (starts, lengths, table_rows) in (
             (batch.expanded, segments[:3]),
-            (batch.absorbed, segments[3:]),
+            (batch.absorbed, segments[3:6]),
         )
     )
     numbers = token_ids, positions, cache_slots

@@ -261,10 +261,11 @@ void decoder(Team& team, const DecoderArgs& args) {
         if (id < 0 || id >= model.vocab) return void(std::memset(out, 0xff, size_t(row_bytes)));
         std::memcpy(out, static_cast<const char*>(model.embedding) + id * row_bytes, size_t(row_bytes));
     });
-    team.each(args.image_count, [&](int64_t i) {
-        const char* from = static_cast<const char*>(args.image_embeddings) + i * row_bytes;
-        std::memcpy(residual + args.image_rows[i] * row_bytes, from, size_t(row_bytes));
-    });
+    if (args.image_count)  // a step without images has no barrier more
+        team.each(args.image_count, [&](int64_t i) {
+            const char* from = static_cast<const char*>(args.image_embeddings) + i * row_bytes;
+            std::memcpy(residual + args.image_rows[i] * row_bytes, from, size_t(row_bytes));
+        });
     in.residual = residual;
     int64_t* expert_ids = args.step->expert_ids;
     const size_t mark = team.mark();

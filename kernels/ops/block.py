@@ -215,8 +215,8 @@ def decoder(weights: DecoderWeights, rows: StepRows, tables: PositionTables, log
         )
         check.dtype("decoder", torch.int64, image_rows=rows.image_rows)
         check.same_dtype("decoder", embedding=weights.embedding, image_embeddings=rows.image_embeddings)
-        contiguous = rows.image_embeddings.is_contiguous()
-        check.require("decoder", contiguous, "image_embeddings must be contiguous: they are read by rows")
+        contiguous = rows.image_rows.is_contiguous() and rows.image_embeddings.is_contiguous()
+        check.require("decoder", contiguous, "image_rows and image_embeddings must be contiguous")
     return bound.decoder(weights, rows, tables, logit_rows)
 
 

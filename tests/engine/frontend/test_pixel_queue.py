@@ -41,14 +41,14 @@ def test_pieces_come_image_by_image_and_then_the_request():
     assert last.request_id == 1
 
 
-def test_what_ends_a_request_that_waits_comes_behind_it():
+def test_what_ends_a_request_that_waits_comes_right_behind_it_and_no_pixels_before():
     queue = PixelQueue()
     assert queue.takes(submit(1, 9))
     assert queue.takes(submit(2, 9))
     assert not queue.takes(Abort(request_id=3))
     assert queue.takes(Abort(request_id=1))
     kinds = [(type(each), getattr(each, "request_id", None)) for each in drained(queue)]
-    assert kinds == [(Pixels, None), (Submit, 1), (Pixels, None), (Submit, 2), (Abort, 1)]
+    assert kinds == [(Submit, 1), (Abort, 1), (Pixels, None), (Submit, 2)]
     assert not queue.takes(Abort(request_id=2))
 
 
