@@ -63,10 +63,11 @@ def compile_one(name: str) -> tuple[Compiled | None, str]:
     """The configuration of this name, compiled in this process, its machine code read by the tools in Triton's
     wheel: (Compiled or None, error)."""
     try:
-        compiled = compile_ahead(configurations()[name])
+        configuration = configurations()[name]
+        compiled = compile_ahead(configuration)
         cubin, shared_bytes = compiled.asm["cubin"], compiled.metadata.shared
         (usage,), code = nvrtc.usage(cubin).values(), nvrtc.disassembled(cubin)
-        loop = main_loop(code)
+        loop = main_loop(code, ceilings.tile_of(configuration))
         flushes = dict(Counter(FLUSH.findall(compiled.asm["ptx"]) + FLUSH.findall(code.split(ROUTINES)[0])))
         turn, loops = loop or whole(code), loop is not None
         return Compiled(usage.registers, usage.stack_bytes, shared_bytes, turn, loops, flushes), ""

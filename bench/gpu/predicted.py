@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from cierzo.bench.gpu import nvrtc
-from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
+from cierzo.bench.gpu.calls import expert_outputs, make_call
+from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Maker, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
@@ -33,6 +33,7 @@ from cierzo.engine.cost.roofs import Code, Counts
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import options, program
+from cierzo.kernels.cuda.launch.sampling import draw_words
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
@@ -49,14 +50,17 @@ SIZES = (
     Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=1 << 18),
     *(Size(name=f"prefill {n}", sequences=1, rows_each=n, context=n) for n in PREFILLS),
 )
-# What a step of each model launches: of the cases of operations those that a model on a GPU calls.
+# What a step of each model launches: of the cases of operations those that a model on a GPU calls. Where tokens are
+# few, Small 4 has latents_of for add_rms_norm, a product and norm_latents, and absorbed_queries for a product and
+# rotate_and_absorb. The separate ones are priced, some launches more: a step counts norms, products, latents and
+# absorption in cells of their own (engine/cost/work.py), each by a number format of its own.
 LAUNCHED = {
     SMALL4: (
-        "add_rms_norm", "linear", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents", "mla_prefill",
-        "mla_absorb", "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_mlp", "lm_head", "draw",
+        "add_rms_norm", "linear_terms", "rope_tables", "apply_rope", "norm_latents", "mla_prefill",
+        "rotate_and_absorb", "mla_values", "route_groups", "expert_terms", "lm_head", "draw",
     ),
     SMALL3: (
-        "add_rms_norm", "linear", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
+        "add_rms_norm", "linear_terms", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
         "gated_mlp", "lm_head", "draw",
     ),
 }  # fmt: skip
@@ -68,7 +72,8 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
 Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
-DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
+DRAWN = "sample_draw_"  # launches of a draw; these read all logits:
+DRAW_PASSES = ("highest", "bins", "collect", "pieces")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +137,32 @@ def _attend(call: Call, seen: Launch) -> Part:
     return Part(pairs / seen.grid[0], num_bytes=moved)
 
 
+def _splits(call: Call, seen: Launch) -> float:
+    """Partial results of a row."""
+    c, context = seen.kernel.constants, call.size.context
+    shorts = c["SHORT"] * c["SHORTS"]
+    return min(context, shorts) / c["SHORT"] + max(context - shorts, 0) / c["LONG"]
+
+
+def _turn(seen: Launch) -> int:
+    """Partial results that a turn of the sum's loop adds."""
+    c = seen.kernel.constants
+    return int(c["CHUNK"] if c["SHORT_JOINS"] == c["LONG_JOINS"] == 1 else max(c["SHORT_JOINS"], c["LONG_JOINS"]))
+
+
 def _combine(call: Call, seen: Launch) -> Part:
-    context, value = call.size.context, call.model.rank or call.model.head_dim
-    splits = context / 512 if context <= 8192 else 16 + context / 1024
+    value, splits = call.model.rank or call.model.head_dim, _splits(call, seen)
     moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
-    return Part(ceil(splits / seen.kernel.constants["CHUNK"]), num_bytes=moved)
+    return Part(ceil(splits / _turn(seen)), num_bytes=moved)
+
+
+def _values(call: Call, seen: Launch) -> Part:
+    """Sums of some tokens' partial results, and a head's W_UV."""
+    c, model, rows = seen.kernel.constants, call.model, call.size.rows
+    splits = _splits(call, seen)
+    moved = rows * model.heads * ((model.rank + 2) * 4 * splits + model.value_dim * 2)
+    weights = model.heads * model.value_dim * model.rank * 2
+    return Part(ceil(splits / _turn(seen)) * min(c["LIVE"], rows), num_bytes=moved + weights)
 
 
 def _flash(call: Call, seen: Launch) -> Part:
@@ -160,21 +186,25 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expert_gate_up": _experts,
     "expert_down": _experts,
     "linear": _linear,
-    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts", "sum_slots"), lambda *_: Part()),
+    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts"), lambda *_: Part()),
     "mla_attend": _attend,
     "gqa_attend": _attend,
     "combine": _combine,
+    "values": _values,
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,
+    "route_groups_bf16_bf16": _logits,
     "route_choose": lambda call, _: Part(
         num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
     ),
     "count_by_expert": lambda call, _: Part(num_bytes=call.size.rows * call.model.top_k * 8),
-    "sample_draw": lambda call, seen: Part(
-        DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
-        num_bytes=DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
+    **dict.fromkeys(
+        (f"{DRAWN}{name}" for name in DRAW_PASSES),
+        lambda call, _: Part(num_bytes=call.size.sequences * call.model.vocab * 4),
     ),
+    f"{DRAWN}cut": lambda call, _: Part(num_bytes=call.size.sequences * draw_words(1) * 8),
+    f"{DRAWN}choose": lambda call, _: Part(num_bytes=call.size.sequences * 8),
 }
 
 
@@ -233,18 +263,21 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
     code = functions(nvrtc.disassembled(cubin))[name]
     found, usage = loops(code), nvrtc.usage(cubin)[name]
-    routes = name.startswith("route_logits")
-    # Most of sample_draw's loop, which calls divisions, is passed over: what few tokens come to.
-    loop = None if name == "sample_draw" else main_loop(code)
-    if routes and warps > 4:  # the loop of many rows, not of few
+    routes = name.startswith(("route_logits", "route_groups"))
+    drawn = name.startswith(DRAWN)  # loops over bins, and searches: each counts once, though most run but in part
+    loop: Loop | None
+    if name.startswith("route_groups") or (routes and warps > 4):  # the logits' loop; of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
+    else:
+        loop = None if drawn else main_loop(code)
     if loop is None:
         loop = Loop({}, {})
     # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.
     runs = 1 - loop.skipped / 2 / max(loop.issued, 1)
     turn = counts({name: number * runs for name, number in loop.classes().items()}, {})
     straight = Counter(whole(code).instructions)
-    straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
+    if not drawn:
+        straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
     made = Code(
         warps=warps,
         registers=usage.registers,
@@ -281,12 +314,14 @@ def calls() -> Iterator[tuple[str, list[Call]]]:
             for format in CASES[operation].formats:
                 if format != LEFT_OUT and CASES[operation].has(model, size):
                     found = [_call(operation, one, size, format) for one in _models(operation, model)]
+                    if operation == "add_rms_norm" and model.experts:
+                        found.append(_after_experts(found[0]))
                     yield f"{operation}, {model.name}, {size.name}, {format}", found
 
 
 def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
     """The sizes with which a model calls an operation: linear's case has the product behind attention."""
-    if operation == "linear":
+    if operation in ("linear", "linear_terms"):
         return [replace(model, hidden=n, heads=1, head_dim=k, value_dim=k) for k, n in model.projections]
     return [LATENT_QUERIES] if operation == "rms_norm" else [model]
 
@@ -294,10 +329,18 @@ def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
 def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
     (arguments, *_), work = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
     call = Call(operation, model, size, format, work, arguments)
-    if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
+    if operation in ("expert_mlp", "expert_terms"):  # of the mean of all choices, not of the one that was drawn
         weights = format.partition(" x ")[0]
         call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, weights))
     return call
+
+
+def _after_experts(call: Call) -> Call:
+    """The norm that adds up what experts leave."""
+    make = Maker(device="meta")
+    arguments = (expert_outputs(call.model, call.size, make), *call.arguments[1:])
+    num_bytes = call.work.num_bytes + call.size.rows * call.model.top_k * (call.model.hidden * 2 + 4)
+    return replace(call, arguments=arguments, work=replace(call.work, num_bytes=num_bytes))
 
 
 def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:

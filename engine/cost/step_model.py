@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 ARITHMETIC = "arithmetic"  # the roof of products whose share was stated or measured: which one, nobody knows
 WAITS = (MEMORY, IN_FLIGHT)
+WITHIN = ("mla_unabsorb",)  # on a GPU it has no launches, and its time is in the prediction of mla_decode
 
 
 class StepTotals(msgspec.Struct, kw_only=True):
@@ -114,6 +115,8 @@ def price(device: Device, work: Work) -> Price:
             under = [at for at, one in enumerate(curve.roofs) if one == name]
             roofs_s[name] = np.where(np.isin(nearest, under), took_s, 0.0)
         launches = work.calls * (limit_s > 0) * np.interp(place, places, curve.launches)
+    elif device.predicted and work.operation in WITHIN:
+        roofs_s = {}
     elif (share := device.measured_share(work.operation, work.format, call_s)) is not None:
         roofs_s = _either(bytes_s >= operations_s, limit_s / share)
     elif not device.stated:
@@ -175,7 +178,9 @@ class StepModel:
         """
         plain = "bf16" if config.dtype == "bfloat16" else config.dtype
         on_gpu, activations = device.kind == "cuda", config.activations
-        self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
+        self.formats = NumberFormats(
+            weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu, head=config.head
+        )
         self.device = device
         self._distinct = distinct
         if distinct is None and (moe := config.model.moe) is not None:

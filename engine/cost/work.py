@@ -99,15 +99,16 @@ def step_work(
     found: dict[str, Work] = {}
     for layers, rows, format, work in parts:
         times = layers * np.minimum(rows, 1.0)  # nothing is read for no rows
+        met = replace(formats, activations=formats.plain) if work.operation == "lm_head" else formats
         work = replace(
             work,
             calls=layers,
             num_bytes=times * work.num_bytes,
             operations=times * work.operations,
             replicated_bytes=times * work.replicated_bytes,
-            rate=formats.rate(format),
+            rate=met.rate(format),
             width=s.hidden,
-            format=pages if work.kind == "attention" else formats.measured_as(format),
+            format=pages if work.kind == "attention" else met.measured_as(format),
         )
         found[work.operation] = found[work.operation] + work if work.operation in found else work
     return [*found.values()]
@@ -119,15 +120,11 @@ def work_beside(model: ModelConfig, layout: CacheLayout, step: StepShape) -> lis
     pages, page_bytes = ("bf16", 2) if layout.dtype == "bfloat16" else (layout.dtype, 1)
     parts = [(1, "rope_tables", tokens, "bf16"), (1, "draw", step.sampled, "bf16")]
     if s.rank:
-        parts += [(s.layers, "apply_rope", tokens, "bf16"), (s.layers, "write_normed_latents", tokens, pages)]
+        parts.append((s.layers, "norm_latents" if s.query_rank else "write_normed_latents", tokens, pages))
+        parts.append((s.layers, "apply_rope", step.expanded_tokens, "bf16"))
     else:
         parts.append((s.layers, "rotate_and_write_keys_values", tokens, pages))
-    if model.moe is not None:
-        parts.append((s.layers - s.dense_layers, "group_by_expert", tokens, "bf16"))
     works = [(layers, format, operations.moved(name, s, rows, page_bytes)) for layers, name, rows, format in parts]
-    if s.query_rank:
-        latents = operations.norm(replace(s, hidden=s.query_rank), tokens)
-        works.append((s.layers, "bf16", replace(latents, operation="rms_norm")))
     return [
         replace(work, num_bytes=layers * work.num_bytes, calls=layers, format=format, width=s.hidden)
         for layers, format, work in works

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from cierzo.engine.config import EngineConfig, cache_dir
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.environment import cache_dir
 from cierzo.engine.worker.launches import Launches, launches
 from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.fault import watching
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.ops.block import DecoderWeights
 from cierzo.kernels.triton import compile as compiling
+from cierzo.kernels.triton import widths
 
 
 class Compilation:
@@ -34,6 +37,9 @@ class Compilation:
             return
         self._device = torch.device(config.device)
         with watching("compiling"):
+            weights_in = NUMBER_FORMATS[config.weights]
+            formats = (weights_in.name, weights_in.of("linear", "cuda", "bf16"), "bf16")
+            widths.settle(formats, config.activations, self._device)
             self._found = launches(config, weights())
             self._missing = compiling.missing(self._found.configurations)
         thread = ThreadPoolExecutor(1)

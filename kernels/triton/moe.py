@@ -1,4 +1,4 @@
-"""Experts of a layer in three launches: gate, up and their product; down; the sum over a token's slots.
+"""Experts of a layer in two launches: gate, up and their product; down. They leave a token's terms (ops/terms.py).
 
 The pairs of tokens and slots are sorted by expert; the tokens of the shared expert follow:
 
@@ -6,7 +6,7 @@ The pairs of tokens and slots are sorted by expert; the tokens of the shared exp
              pair order[row], by expert        token row - T*K, the shared expert
 
     inner [T*K + T, F]    in that order: written by the first launch, read by the second
-    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which the third launch adds, are contiguous
+    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which are added next, are contiguous
 
 For experts that take their activations in FP8, a kernel before the first launch quantises `x` into that order.
 `inner` is quantised by the first launch if its scales are static, else by a kernel before the second.
@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Terms
 from cierzo.kernels.triton.activations import (
     empty_rows,
     pair_of,
@@ -34,12 +36,13 @@ from cierzo.kernels.triton.activations import (
     store_tile,
     token_of,
 )
-from cierzo.kernels.triton.heuristics import Tile, reading, tile
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.linear import gated_mlp_into
+from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.four_bit import in_order
+from cierzo.kernels.triton.heuristics import Tile, reading, rows_of_most, spread, tile
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
+from cierzo.kernels.triton.linear import gated_mlp_into, multiprocessors
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
-
-SUM_BLOCK = 1024  # values of a token's output for one program of the third launch
+from cierzo.kernels.triton.terms import sum_terms
 
 
 @kernel
@@ -85,7 +88,7 @@ def _expert_product(
             codes_ptr = shared_codes_ptr
             if FORMAT != "plain":
                 scales_ptr = shared_scales_ptr
-            if FORMAT == "nvfp4":
+            if in_order(FORMAT):
                 row_scales_ptr = shared_row_scales_ptr
     x_scales = None
     if x_scales_ptr is not None:
@@ -97,7 +100,7 @@ def _expert_product(
     )  # fmt: skip
 
 
-@kernel
+@chained
 def _expert_gate_up(
     x_ptr, x_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, inner_ptr, static_ptr, shared_static_ptr,
@@ -110,6 +113,7 @@ def _expert_gate_up(
 ):  # fmt: skip
     """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
     inner is quantised by the static scale of its expert, static_ptr[expert]."""
+    after_others()
     F: tl.constexpr = ROWS // 2
     expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, F, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
@@ -119,7 +123,7 @@ def _expert_gate_up(
     if x_scales_ptr is not None:
         x_rows = start.to(tl.int32) if DESCRIBED else rows * X_STRIDE
     else:
-        x_rows = token_of(order_ptr, rows, inside, tokens, SLOTS) * X_STRIDE
+        x_rows = token_of(order_ptr, tl.minimum(rows, end - 1), inside, tokens, SLOTS) * X_STRIDE
     X_DESCRIBED: tl.constexpr = DESCRIBED and x_scales_ptr is not None
     total = _expert_product(
         x_ptr, x_rows, x_scales_ptr, rows, inside, expert, n_start,
@@ -137,7 +141,7 @@ def _expert_gate_up(
     store_tile(total, inner_ptr, rows * F, outputs, mask, static_ptr, inner_scales_ptr, rows, inside, n_start == 0)
 
 
-@kernel
+@chained
 def _expert_down(
     inner_ptr, inner_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, outputs_ptr, tokens,
@@ -148,12 +152,13 @@ def _expert_down(
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """outputs[pair of row] = inner[row] @ down^T."""
+    after_others()
     expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, ROWS, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
         return
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    read = start.to(tl.int32) if DESCRIBED else rows * K
+    read = start.to(tl.int32) if DESCRIBED else tl.minimum(rows, end - 1) * K
     total = _expert_product(
         inner_ptr, read, inner_scales_ptr, rows, inside, expert, n_start,
         codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
@@ -167,27 +172,7 @@ def _expert_down(
     tl.store(pointers, total.to(outputs_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel
-def _sum_slots(
-    outputs_ptr, weights_ptr, out_ptr, tokens,
-    D: tl.constexpr, SLOTS: tl.constexpr, WITH_SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[token] = the sum of weight * output over its slots in order, then the shared expert's output."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < D
-    total = tl.zeros((BLOCK,), tl.float32)
-    for slot in tl.static_range(SLOTS):
-        row = outputs_ptr + (token * SLOTS + slot) * D + columns
-        part = tl.load(row, mask=inside, other=0.0).to(tl.float32) * tl.load(weights_ptr + token * SLOTS + slot)
-        total = part if slot == 0 else total + part
-    if WITH_SHARED:
-        row = outputs_ptr + (tokens.to(tl.int64) * SLOTS + token) * D + columns
-        total += tl.load(row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def expert_mlp(
+def expert_terms(
     x: Tensor,
     gate_up: Matrix,
     down: Matrix,
@@ -196,7 +181,7 @@ def expert_mlp(
     starts: Tensor,
     shared_gate_up: Matrix | None,
     shared_down: Matrix | None,
-) -> Tensor:
+) -> Terms:
     """See ops/moe.py. A shared expert of the same width and format as the others is one more expert in their
     launches; any other has launches of its own."""
     tokens, slots = weights.shape
@@ -213,7 +198,7 @@ def expert_mlp(
     ) -> None:
         tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
         shared = pointers(matrices[1], chosen.described, "shared_") if together else {}
-        grid = (tiles * triton.cdiv(across, chosen.block_n),)
+        grid = (tiles * divide_up(across, chosen.block_n),)
         read = pointers(matrices[0], chosen.described)
         launch(configuration, grid, **first, **groups, **read, **shared, tokens=tokens)
 
@@ -227,7 +212,9 @@ def expert_mlp(
     first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
     first |= _static(shared_down, "shared_") if together else {}
     types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
-    chosen = tile(up_weights, types[0], True, pairs // experts)
+    most, matrices, processors = rows_of_most(pairs, experts), min(pairs, experts), multiprocessors(x.device)
+    matrices += int(together)
+    chosen = spread(tile(up_weights, types[0], True, most), up_weights, inner_width, matrices, processors)
     stride = row_stride("expert_mlp", "x", first["x_ptr"])
     # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
     chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
@@ -237,24 +224,34 @@ def expert_mlp(
         codes = quantise_rows(inner, None)
     first = _operand("inner", inner if codes is None else codes)
     types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
-    chosen = tile(down_weights, types[0], False, pairs // experts)
+    chosen = spread(tile(down_weights, types[0], False, most), down_weights, width, matrices, processors)
     chosen = reading(chosen, down_weights, tokens, inner_width * first["inner_ptr"].element_size())
     configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
     run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
     if shared_gate_up is not None and shared_down is not None and not together:
         gated_mlp_into(x, shared_gate_up, shared_down, outputs[pairs:])
-    out = x.new_empty(x.shape)
-    grid = (tokens, triton.cdiv(width, SUM_BLOCK))
-    configuration = sum_configuration(POINTER[x.dtype], width, slots, with_shared)
-    launch(configuration, grid, outputs_ptr=outputs, weights_ptr=weights, out_ptr=out, tokens=tokens)
-    return out
+    return Terms(outputs, weights, x.dtype)
+
+
+def expert_mlp(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Tensor:
+    """See ops/moe.py."""
+    return sum_terms(expert_terms(x, gate_up, down, weights, order, starts, shared_gate_up, shared_down))
 
 
 def most_tiles(tokens: int, slots: int, experts: int, block_t: int, shared: bool) -> int:
     """Largest number of tiles of rows, whichever experts the tokens choose."""
     pairs = tokens * slots
     used = min(experts, pairs)
-    return used + (pairs - used) // block_t + (triton.cdiv(tokens, block_t) if shared else 0)
+    return used + (pairs - used) // block_t + (divide_up(tokens, block_t) if shared else 0)
 
 
 def _alike(matrix: Matrix, shared: Matrix | None) -> bool:
@@ -281,6 +278,7 @@ def _static(matrix: Matrix | None, prefix: str = "") -> dict[str, Tensor]:
     return {} if scales is None else {f"{prefix}static_ptr": scales}
 
 
+@kept
 def gate_up_configuration(
     pointers_of: tuple[str, str],
     weights: Weights,
@@ -301,6 +299,7 @@ def gate_up_configuration(
     )
 
 
+@kept
 def down_configuration(
     pointers_of: tuple[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool
 ) -> Configuration:
@@ -324,10 +323,8 @@ def _grouped(
     shared_names = ("shared_codes_ptr", "shared_scales_ptr", "shared_row_scales_ptr")
     missing = weights.without("shared_") if shared else dict.fromkeys(shared_names, None)
     names = ("codes_ptr", "shared_codes_ptr") if shared else ("codes_ptr",)
-    blocks = dict.fromkeys(names, chosen.weight_block(weights.format))
     dense = "inner_ptr" if of is _expert_down else "x_ptr"
-    if of is _expert_down or types[dense] == "*fp8e4nv":  # rows in the order of the pairs
-        blocks[dense] = chosen.block_t, chosen.block_k
+    in_pairs = of is _expert_down or types[dense] == "*fp8e4nv"  # rows in the order of the pairs
     sizes = {"E": experts, "LANES": triton.next_power_of_2(experts + 1), "SLOTS": slots, "SHARED": int(shared)}
     return Configuration(
         of,
@@ -342,13 +339,5 @@ def _grouped(
         {**weights.without(), **missing, **weights.constants, **chosen.constants, **sizes, **more},
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks=blocks if chosen.described else {},
+        blocks=chosen.blocks(weights.format, codes=names, rows=[dense] if in_pairs else []),
     )
-
-
-def sum_configuration(pointer: str, width: int, slots: int, shared: bool) -> Configuration:
-    """pointer: to the activations, such as "*bf16"."""
-    types = {"outputs_ptr": pointer, "weights_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
-    block = min(SUM_BLOCK, triton.next_power_of_2(width))
-    constants = {"D": width, "SLOTS": slots, "WITH_SHARED": shared, "BLOCK": block}
-    return Configuration(_sum_slots, types, constants, num_warps=4)

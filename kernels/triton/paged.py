@@ -55,3 +55,9 @@ def load_tile(pointer, rows, live, columns, STRIDE: tl.constexpr, WIDTH: tl.cons
     if WIDTH < BLOCK:
         inside = inside & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+
+
+@kernel
+def anew(number):
+    """An int32 as it is; what is made of it the compiler makes anew, and has kept no registers for."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)

@@ -19,7 +19,7 @@ def test_every_kernel_is_in_the_report() -> None:
     """But for those that other kernels call, and those of images."""
     folder = Path(__file__).parents[2] / "kernels" / "triton"
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
-    kernels = re.findall(r"^@kernel\ndef _(\w+)\(", text, re.MULTILINE)
+    kernels = re.findall(r"^@(?:kernel|chained)\ndef _(\w+)\(", text, re.MULTILINE)
     launched = {name for name in kernels if len(re.findall(rf"\b_{name}\(", text)) == 1}
     assert len(launched) > 20
     reported = {configuration.name for configuration in configurations().values()}

@@ -72,7 +72,7 @@ def test_launches_of_both_kinds_are_seen() -> None:
         call = _call(operation, rows)
         return [(one.kernel.name, one.grid) for one in predicted.launches(operation, call.arguments)]
 
-    assert seen("expert_mlp", 8) == [("expert_gate_up", (1056,)), ("expert_down", (1056,)), ("sum_slots", (8, 4))]
+    assert seen("expert_mlp", 8) == [("expert_gate_up", (1056,)), ("expert_down", (1056,)), ("sum_terms", (8, 4))]
     assert seen("route", 8) == [("route_logits_bf16_bf16", (1, 32, 1)), ("route_choose", (2, 1, 1))]
     assert [name for name, _ in seen("group_by_expert", 4096)] == ["count_by_expert", "group_by_expert"]
 

@@ -19,7 +19,6 @@ DESCRIBED = (
     "linear: gated_mlp, small3, one row, fp8",
     "expert_gate_up: expert_mlp, small4, one row, bf16",
     "expert_down: expert_mlp, small4, one row, fp8",
-    "expert_gate_up: expert_mlp, small4, one row, nvfp4",
 )
 # configuration -> the machine instruction that does its work; `make gpu-report` has all configurations
 COMPILED = {
@@ -46,8 +45,6 @@ DECODE = [
     "mla_attend: mla_decode, small4, one row, bf16",
     "mla_attend: mla_decode, small4, one row, fp8",
     "mla_attend: mla_decode, small4 / 8, one row, fp8",
-    "mla_attend: mla_decode, small4, decode, bf16",
-    "mla_attend: mla_decode, small4, decode, fp8",
     "gqa_attend: gqa_decode, small3, one row, bf16",
     "gqa_attend: gqa_decode, small3, one row, fp8",
     "gqa_attend: gqa_decode, gpt-oss, window 128, one row, bf16",
@@ -64,7 +61,6 @@ PREFILL = [
 OTHERS = [
     "plan: mla_decode, small4, one row, bf16",
     "combine: mla_decode, small4, one row, bf16",
-    "combine: mla_decode, small4, decode, bf16",
     "prefixes: mla_decode, small4, decode, bf16",
     "plan: gqa_decode, gpt-oss, window 128, one row, bf16",
     "combine: gqa_decode, gpt-oss, window 128, one row, bf16",
@@ -89,14 +85,18 @@ EXPERTS = [
     for kernel in ("expert_gate_up", "expert_down")
     for format in ("nvfp4", "fp8")
 ]
+FOUR_BITS = [
+    f"{kernel}: expert_mlp, small4, {rows}, nvfp4"
+    for kernel in ("expert_gate_up", "expert_down")
+    for rows in ("one row", "many rows", "long prefill")
+]
 # The loops that most of a step's time is spent in, whose counts may only fall.
 HOT = [
     *EXPERTS,
-    *map(through_descriptors, EXPERTS),
+    *(name for name in FOUR_BITS if name not in EXPERTS),
+    *(through_descriptors(name) for name in EXPERTS if "nvfp4" not in name),
     *(f"linear: linear, small4, one row, {format}" for format in ("bf16", "fp8", "nvfp4")),
     "linear: lm_head, small4, one row, bf16",
-    "mla_attend: mla_decode, small4, decode, bf16",
-    "mla_attend: mla_decode, small4, decode, fp8",
     "flash: mla_prefill, small4, long prefill, bf16",
     "linear: gated_mlp, small3, one row, fp8",
     "gqa_attend: gqa_decode, small3, one row, bf16",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import triton
-from compiled_ahead import APART, BY_FP8, COMPILED, DESCRIBED, HOT, TOGETHER, ask, through_descriptors
+from compiled_ahead import APART, BY_FP8, COMPILED, DESCRIBED, FOUR_BITS, HOT, TOGETHER, ask, through_descriptors
 
 from cierzo.bench.gpu import ceilings
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None:
     """Nothing spills, the tensor cores work, and what the loop reads comes 16 bytes at a time and ahead of its use:
-    but for NVFP4's scales, and for a loop of one step, which has nothing to be ahead of."""
+    but for NVFP4's scales and what its codes meet, and for a loop of one step, which has nothing to be ahead of."""
     for name in COMPILED:
         assert compiled[name]["spill_bytes"] == 0, name
         assert compiled[name]["registers"] <= 255, name
@@ -30,10 +30,20 @@ def test_some_configurations_compile_for_sm_90(compiled: dict[str, Any]) -> None
         if "sum" in name or "absorb" in name:
             assert any(one.startswith("LDG.") and ".128" in one for one in instructions), name
         else:
-            assert wide >= 24, name
+            assert wide >= (6 if "nvfp4" in name else 24), name
             assert "nvfp4" in name or wide == sum(copies.values()), name
-    for format in ("bf16", "nvfp4"):
-        assert _products(compiled[f"{TOGETHER}, {format}"]) == _products(compiled[f"{APART}, {format}"])
+    assert _products(compiled[f"{TOGETHER}, bf16"]) == _products(compiled[f"{APART}, bf16"])
+
+
+def test_4_bit_weights_go_from_registers_to_the_tensor_cores(compiled: dict[str, Any]) -> None:
+    """No copy of them goes back to shared memory, and no step waits for all that is under way. Of the instructions
+    of 16,384 weights 240 widen them, a multiplication of two in 64."""
+    for name in FOUR_BITS:
+        turn, share = compiled[name]["turn"], compiled[name]["units"] / compiled[name]["warps"] / 4096
+        assert turn["classes"].get("STS", 0) == 0, name
+        assert turn["drains"] == 0, name
+        assert turn["classes"]["HALF2"] == 64 * share, name
+        assert turn["issued"] <= (440 if "many rows" in name else 700) * share, name
 
 
 def test_descriptors_are_read_by_the_tma_for_the_same_products(compiled: dict[str, Any]) -> None:
@@ -56,8 +66,8 @@ def _products(one: Any) -> set[str]:
 
 
 def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32(compiled: dict[str, Any]) -> None:
-    """A step of 128 columns is four MMA instructions of 32, for each matrix of a pair; then its sums, 64 a thread,
-    are added to the total, one by one. Nothing is widened; what the loop reads comes ahead, 16 bytes at a time."""
+    """A step of 128 columns is four MMA instructions of 32, for 64 outputs; then its sums, at least 8 a thread, are
+    added to the total, one by one. Nothing is widened; what the loop reads comes ahead, 16 bytes at a time."""
     for name in BY_FP8:
         assert compiled[name]["spill_bytes"] == 0, name
         instructions = compiled[name]["instructions"]
@@ -65,10 +75,12 @@ def test_fp8_by_fp8_runs_on_fp8_tensor_cores_and_adds_up_in_fp32(compiled: dict[
         for found, number in instructions.items():
             if "MMA" in found:
                 mma[found.split(".")[0]] += number
-        assert mma == {"QGMMA": 8 if "gate" in name else 4}, name
-        assert sum(number for found, number in instructions.items() if found.startswith("FADD")) >= 64, name
+        assert set(mma) == {"QGMMA"}, name
+        assert mma["QGMMA"] % (8 if "gate" in name else 4) == 0, name
+        added = sum(number for found, number in instructions.items() if found.startswith("FADD"))
+        assert added >= 8 * mma["QGMMA"] // 4, name
         copies = {found: number for found, number in instructions.items() if found.startswith("LDGSTS")}
-        assert sum(number for found, number in copies.items() if ".128" in found) == sum(copies.values()) >= 24, (
+        assert sum(number for found, number in copies.items() if ".128" in found) == sum(copies.values()) >= 15, (
             name
         )
 

@@ -345,7 +345,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(DeviceFormatError, match=r"an activation scale is not in 2\^-100"):
             in_fp8(weight, torch.tensor([wrong]))
     with pytest.raises(DeviceFormatError, match="stacked before their activations are said to be in fp8"):
-        stack([weight, weight])
+        stack([weight, weight], 2)
 
 
 def test_a_copy_and_one_expert_keep_their_scales() -> None:
