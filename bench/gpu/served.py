@@ -60,7 +60,8 @@ LOAD_S = 20.0  # then what runs is cut off
 BEFORE, STEPS = 8, 4  # decode steps, of which the latter are profiled
 KERNELS = 60  # the longest of them are told
 SLICE_LAYERS, PROMPT = 2, 37  # and tokens of a slice's prompt
-TOLERANCE = 2e-2  # of logits, relative to their root mean square
+# Of logits, relative to their root mean square: between prompts, any two orders of sums differ by 1.2 to 2.1 %.
+TOLERANCE = 3e-2
 # With activations in FP8, whose rounding moves these logits by 9 to 13 %; the last bit of bf16 before it decides
 # about half of that. Products alone are held to far less (conformance.py).
 TOLERANCE_FP8 = 1e-1

@@ -18,7 +18,7 @@ from cierzo.kernels.triton import activations
 from cierzo.kernels.triton.launch import Configuration
 
 VERSIONS = ("3.6", "3.9")
-NAME = "linear: linear, small4, one row, fp8"
+NAME = "linear: lm_head, small4, 64 rows, bf16"
 CONFIGURATION = configurations()[NAME]  # 128 outputs, 64 tokens, 64 of k, 4 warps
 TURN = {
     "HGMMA.64x128x16.F32.BF16": 4, "WARPGROUP.DEPBAR.LE 0": 1, "DEPBAR.LE 4": 1, "F2F.BF16.F16": 64,
@@ -188,17 +188,20 @@ def test_nothing_that_is_committed_spills_or_flushes_what_is_not_known(version: 
         )
         assert set(line["flushes"]) <= set(FLUSHING), name
         if "ex2.approx.ftz.f32" in line["flushes"]:
-            assert name.split(":")[0] in ("mla_attend", "gqa_attend", "flash", "combine"), name
+            assert name.split(":")[0] in ("mla_attend", "gqa_attend", "flash", "combine", "values"), name
         if "rsqrt.approx.ftz.f32" in line["flushes"]:
             assert "norm" in name or name.startswith("latents_of"), name
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_products_of_a_turn_are_those_of_its_tile(version: str) -> None:
-    """Today's compilers unroll no loop of ours; a kernel without a loop does all its tiles at once."""
+    """Today's compilers unroll no loop of ours; a kernel without a loop does all its tiles at once, and one of a
+    single product, behind other work, is counted whole."""
     for name, line in ceilings.read(version)["kernels"].items():
         found = ceilings.unit(configurations()[name])
-        assert (line["unit"] != "turns") == (found is not None) == bool(line["turn"]["mma"]), name
+        assert (line["unit"] != "turns") == (found is not None), name
+        if name.split(":")[0] not in ("values", "rotate_and_absorb"):
+            assert (found is not None) == bool(line["turn"]["mma"]), name
         if found is not None and line["loops"]:
             assert line["units"] == found[1], name
 

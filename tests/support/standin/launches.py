@@ -78,7 +78,7 @@ def experts_through_descriptors_have_the_interpreters_values(machine: Machine, f
     heuristics.DESCRIBED_TOKENS = 20
     out = moe.expert_mlp(inputs[0], *there[:2], *inputs[1:], *there[2:])
     torch.save((x, matrices, weights, order, starts, machine.card.values(out)), folder / "experts.pt")
-    assert machine.ran[-3:] == ["_expert_gate_up", "_expert_down", "_sum_slots"], machine.ran
+    assert machine.ran[-3:] == ["_expert_gate_up", "_expert_down", "_sum_terms"], machine.ran
 
 
 @case
