@@ -42,7 +42,8 @@ from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
-from cierzo.kernels.triton import flash, heuristics, linear, split
+from cierzo.kernels.triton import flash, heuristics, latent_products, linear, split
+from cierzo.kernels.triton import moe as experts
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
@@ -175,7 +176,8 @@ def test_kernels_compile_while_the_weights_load(tmp_path: Path, monkeypatch: pyt
     on_cpu = {"device": CPU, "dtype": torch.bfloat16}
     monkeypatch.setattr(warm.compiling, "compile_all", begin)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(linear, "multiprocessors", lambda device: heuristics.MULTIPROCESSORS)
+    for module in (linear, latent_products, experts):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: heuristics.MULTIPROCESSORS)
     monkeypatch.setattr(runner_module, "DeviceMatrices", lambda *named: Loading(named[0], named[1], CPU, named[3]))
     monkeypatch.setattr(runner_module, "build_model", lambda *given, **named: build_model(*given, **named | on_cpu))
     monkeypatch.setattr(runner_module, "make_pool", lambda config: KVPool(config.layout, 2, CPU))
@@ -341,13 +343,13 @@ def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch:
         for constant, value in one.constants.items():
             values.setdefault((one.name, constant), set()).add(value)
     assert values["flash", "CARRIED"] == {False, True}  # a prompt in one round, and in several
-    assert values["mla_attend", "TOGETHER"] == values["combine", "TOGETHER"] == {1, 2}  # one sequence, and more
+    assert values["mla_attend", "SHORT"] == values["values", "SHORT"] == {256, 2048}  # few sequences, and many
     assert values["linear", "APART"] == {False, True}
     assert values["apply_rope", "SCALED"] == {False, True}  # contexts beyond the original positions
     assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw_choose"} < {
         one.name for one in found.kernels
     }
-    assert len(found.configurations) == len({one.key for one in found.configurations}) < 50
+    assert len(found.configurations) == len({one.key for one in found.configurations}) < 80
     two = full(monkeypatch, "small4", "fp8", layers=2, **options)
     of_two = launches.launches(two, served.make_model(two, META).weights)
     assert {one.key for one in of_two.configurations} == {one.key for one in found.configurations}
