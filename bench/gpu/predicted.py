@@ -388,7 +388,7 @@ def as_called(operation: str, model: ModelSizes, size: Size, format: str) -> lis
 
 
 def _attended(model: ModelSizes, size: Size, format: str) -> Summands:
-    """What the product behind attention leaves."""
+    """Rows, or terms of rows, that the product behind attention leaves."""
     found: list[Summands] = []
     of = _call("linear_terms", model, size, format if format in BY_FP8 else "fp8")
     function = registry.implementations("linear_terms", "cuda")[0].load()

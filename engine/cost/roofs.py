@@ -74,7 +74,7 @@ class Counts:
     mma_clocks: float = 0.0
 
     def divided(self, number: int) -> Counts:
-        """One of so many equal parts."""
+        """Divide by a number of equal parts."""
         every = self.issued, self.integers, self.conversions, self.mma_clocks
         return Counts(*(count / number for count in every))
 
