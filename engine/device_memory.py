@@ -32,7 +32,7 @@ PARTIAL_BYTES = 256 << 20
 SCORED_ROWS = 128  # of a prompt, whose logits are held at a time: worker/scoring.py's, which imports torch
 WORKSPACE_TOKENS = 16_384
 STAGED_PIXELS = 4  # images whose pixels a staging has room for: two in turn, each with as much again
-LAUNCHES_PER_LAYER = 26  # more than any layer has; a test counts
+LAUNCHES_PER_LAYER = 18  # more than any layer has; a test counts
 LAUNCH_BYTES = 16 << 10  # of a recorded launch, in the driver: assumed, no card has shown it
 
 

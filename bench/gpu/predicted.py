@@ -2,8 +2,9 @@
 
 `make gpu-report TRITON=3.6` writes them to engine/cost/predicted.json, cell by cell under the names that `make gpu`
 times: a dry run tells the launches, the report (ceilings.py) what the compiler made of each kernel, and
-engine/cost/roofs.py the seconds. A model's dense products are one cell, as a step counts them. `print_validation`
-sets the same roofs against what others have published of their kernels.
+engine/cost/roofs.py the seconds. Cells are called as a step calls them (kernels/ops/compose.py, counted by
+engine/cost/launched.py): with terms where those before them leave some, and with codes where a norm makes them.
+`print_validation` sets the same roofs against what others have published of their kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from cierzo.bench.gpu import nvrtc
 from cierzo.bench.gpu.calls import expert_outputs, make_call
-from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Maker, Size
+from cierzo.bench.gpu.cases import BY_FP8, CASES, SMALL3, SMALL4, Maker, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
@@ -34,6 +35,8 @@ from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import options, program
 from cierzo.kernels.cuda.launch.sampling import draw_words
+from cierzo.kernels.formats.activations import quantise_rows
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
@@ -50,21 +53,20 @@ SIZES = (
     Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=1 << 18),
     *(Size(name=f"prefill {n}", sequences=1, rows_each=n, context=n) for n in PREFILLS),
 )
-# What a step of each model launches: of the cases of operations those that a model on a GPU calls. Where tokens are
-# few, Small 4 has latents_of for add_rms_norm, a product and norm_latents, and absorbed_queries for a product and
-# rotate_and_absorb. The separate ones are priced, some launches more: a step counts norms, products, latents and
-# absorption in cells of their own (engine/cost/work.py), each by a number format of its own.
+# What a step of each model launches; "linear_in": its product before attention, or MLA's of queries where there are
+# prompts; "plan": what attention does once a step, for all layers.
 LAUNCHED = {
     SMALL4: (
-        "add_rms_norm", "linear_terms", "rope_tables", "apply_rope", "norm_latents", "mla_prefill",
-        "rotate_and_absorb", "mla_values", "route_groups", "expert_terms", "lm_head", "draw",
+        "rope_tables", "plan", "latents_of", "linear_in", "absorbed_queries", "apply_rope", "rotate_and_absorb",
+        "mla_prefill", "mla_values", "linear_terms", "add_rms_norm", "route_groups", "expert_terms", "lm_head",
+        "draw",
     ),
     SMALL3: (
-        "add_rms_norm", "linear_terms", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
-        "gated_mlp", "lm_head", "draw",
+        "rope_tables", "plan", "linear_in", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
+        "linear_terms", "add_rms_norm", "add_rms_norm_fp8", "gated_mlp", "lm_head", "draw",
     ),
 }  # fmt: skip
-ONCE = ("prefixes", "plan")  # once a step for all layers
+ONCE = ("prefixes", "plan")  # kernels of "plan"
 LEFT_OUT = "static fp8 x fp8"  # steps do not tell it from FP8 activations with a scale for each row
 # 64 results a clock: CUDA programming guide, arithmetic instructions of compute capability 9.0.
 HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
@@ -72,19 +74,28 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
 Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
+# Tensors of a launch of stages (kernels/triton/latent_products.py): of its norms, and of its product.
+NORM = ("terms_ptr", "shares_ptr", "residual_ptr", "norm_ptr", "norm_static_ptr", "x_ptr", "x_scales_ptr")
+PRODUCT = ("x_ptr", "x_scales_ptr", "codes_ptr", "scales_ptr", "row_scales_ptr", "parts_ptr")
 DRAWN = "sample_draw_"  # launches of a draw; these read all logits:
 DRAW_PASSES = ("highest", "bins", "collect", "pieces")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Work of a launch: how far the main loop of each program goes, in its unit (ceilings.py: weights, tokens,
-    turns; of the router multiplications), programs that work (None: all), and bytes that it moves (None: those of
-    its tensors)."""
+    """Work of a launch, or of a stage of one: how far the main loop of each program goes, in its unit (ceilings.py:
+    weights, tokens, turns; of the router multiplications), programs that work (None: all), and bytes that it moves
+    (None: those of its tensors). before: the stage before it."""
 
     units: float = 0.0
     programs: float | None = None
     num_bytes: float | None = None
+    before: Part | None = None
+
+    @property
+    def stages(self) -> list[Part]:
+        """All up to this one, in order."""
+        return [*(self.before.stages if self.before else ()), self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,7 @@ class Call:
     format: str
     work: Work
     arguments: tuple[Any, ...] = ()
+    once: bool = False  # of its launches those that are made once a step count, else the others
 
     @property
     def distinct(self) -> float:
@@ -127,6 +139,30 @@ def _linear(call: Call, seen: Launch) -> Part:
     depth = ceil(min(c["PART_K"], c["K"]) / c["BLOCK_K"]) * c["BLOCK_K"] * (1 if c["APART"] else c["PARTS"])
     moved = float(call.work.num_bytes) if call.operation.startswith("mla_") else None
     return Part(c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth, num_bytes=moved)
+
+
+def _bytes(call: Call, seen: Launch, names: Iterable[str]) -> float:
+    """Bytes that move of some tensors: a residual comes and goes, and of pages the step's entries go."""
+    found = {name: seen.num_bytes[name] for name in names if name in seen.num_bytes}
+    if "pages_ptr" in found:
+        width = 2 if seen.kernel.types["pages_ptr"] == "*bf16" else 1
+        found["pages_ptr"] = call.size.rows * call.model.page_values * width
+    return float(sum(found.values()) + found.get("residual_ptr", 0))
+
+
+def _rows(call: Call, seen: Launch) -> Part:
+    return Part(num_bytes=_bytes(call, seen, seen.num_bytes))
+
+
+def _stages(call: Call, seen: Launch) -> Part:
+    """Norms, if there are terms to add up before; parts of a product, by programs of their own; their sum."""
+    c, rows, moved = seen.kernel.constants, call.size.rows, seen.num_bytes
+    firsts = ceil(rows / c["BLOCK_T"]) * ceil(c["ROWS"] / c["BLOCK_N"]) * c["PARTS"]
+    norms, norm = (rows, Part(programs=rows, num_bytes=_bytes(call, seen, NORM))) if NORM[0] in moved else (0, None)
+    depth = ceil(min(c["PART_K"], c["K"]) / c["BLOCK_K"]) * c["BLOCK_K"]
+    parts = Part(c["BLOCK_N"] * depth, firsts, _bytes(call, seen, PRODUCT), norm)
+    rest = {"parts_ptr", *moved} - {*NORM, *PRODUCT[:-1]}
+    return Part(programs=prod(seen.grid) - firsts - norms, num_bytes=_bytes(call, seen, rest), before=parts)
 
 
 def _attend(call: Call, seen: Launch) -> Part:
@@ -186,6 +222,8 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expert_gate_up": _experts,
     "expert_down": _experts,
     "linear": _linear,
+    **dict.fromkeys(("latents_of", "absorbed_queries"), _stages),
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "norm_latents", "rotate_and_absorb"), _rows),
     **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts"), lambda *_: Part()),
     "mla_attend": _attend,
     "gqa_attend": _attend,
@@ -293,37 +331,69 @@ def _cubin(source: str) -> bytes:
     return nvrtc.compile_cubin(program(source), options("sm_90"))
 
 
-def to_price(call: Call, seen: Launch, lines: Lines) -> roofs.Launch:
-    """A launch of a call as it is priced."""
+def to_price(call: Call, seen: Launch, lines: Lines) -> list[roofs.Launch]:
+    """A launch of a call as it is priced, by its stages. Which code outside the loop is whose, nobody knows: each
+    has an equal part of it."""
     made, name, programs = made_of(seen, lines), seen.kernel.name, prod(seen.grid)
     part = PARTS[name](call, seen) if name in PARTS else Part(num_bytes=float(call.work.num_bytes))
-    working = programs if part.programs is None else min(programs, round(part.programs))
-    turns = part.units / made.units if made.units else 0.0
-    num_bytes = sum(seen.num_bytes.values()) if part.num_bytes is None else part.num_bytes
-    idle = programs - working
-    return roofs.Launch(code=made.code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
+    found: list[roofs.Launch] = []
+    stages = part.stages
+    code = replace(made.code, outside=made.code.outside.divided(len(stages)))
+    for stage in stages:
+        working = programs if stage.programs is None else min(programs, round(stage.programs))
+        turns = stage.units / made.units if made.units else 0.0
+        num_bytes = sum(seen.num_bytes.values()) if stage.num_bytes is None else stage.num_bytes
+        idle = programs - working if len(stages) == 1 else 0
+        priced = roofs.Launch(code=code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
+        found.append(replace(priced, follows=bool(found)))
+    return found
 
 
 # --- the table ---------------------------------------------------------------------------------------------
 
 
 def calls() -> Iterator[tuple[str, list[Call]]]:
-    """(name of a cell, the calls that it stands for): several of a model's dense products, else one."""
+    """(name of a cell, the calls that it stands for): one, but two norms of a layer of Small 3."""
     for model, names in LAUNCHED.items():
         for operation, size in product(names, SIZES):
-            for format in CASES[operation].formats:
-                if format != LEFT_OUT and CASES[operation].has(model, size):
-                    found = [_call(operation, one, size, format) for one in _models(operation, model)]
-                    if operation == "add_rms_norm" and model.experts:
-                        found.append(_after_experts(found[0]))
+            known = CASES[door(operation, model)]
+            for format in known.formats if operation != "plan" else ("bf16",):
+                if format != LEFT_OUT and known.has(model, size):
+                    found = as_called(operation, model, size, format)
                     yield f"{operation}, {model.name}, {size.name}, {format}", found
 
 
-def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
-    """The sizes with which a model calls an operation: linear's case has the product behind attention."""
-    if operation in ("linear", "linear_terms"):
-        return [replace(model, hidden=n, heads=1, head_dim=k, value_dim=k) for k, n in model.projections]
-    return [LATENT_QUERIES] if operation == "rms_norm" else [model]
+def door(operation: str, model: ModelSizes) -> str:
+    """The operation whose case has what a step launches by a name."""
+    return {"linear_in": "linear", "plan": "mla_values" if model.rank else "gqa_decode"}.get(operation, operation)
+
+
+def as_called(operation: str, model: ModelSizes, size: Size, format: str) -> list[Call]:
+    """Calls of a case with the arguments that a step has."""
+    if operation == "linear_in":  # the case has the product behind attention
+        k, n = model.projections[1 if model.query_rank else 0]
+        model = replace(model, hidden=n, heads=1, head_dim=k, value_dim=k)
+    call = _call(door(operation, model), model, size, format)
+    rest = call.arguments[1:]
+    if operation == "plan":
+        return [replace(call, work=operations.moved("plan", model, size.rows), once=True)]
+    if operation in ("linear_in", "gated_mlp") and format in BY_FP8:
+        return [replace(call, arguments=(quantise_rows(call.arguments[0], None), *rest))]
+    if operation == "latents_of":
+        return [replace(call, arguments=(expert_outputs(model, size, Maker(device="meta")), *rest))]
+    if operation.startswith("add_rms_norm"):  # behind attention; and behind a dense MLP
+        of_parts = replace(call, arguments=(_attended(model, size, format), *rest))
+        return [of_parts] if model.experts else [of_parts, call]
+    return [call]
+
+
+def _attended(model: ModelSizes, size: Size, format: str) -> Summands:
+    """Rows, or terms of rows, that the product behind attention leaves."""
+    found: list[Summands] = []
+    of = _call("linear_terms", model, size, format if format in BY_FP8 else "fp8")
+    function = registry.implementations("linear_terms", "cuda")[0].load()
+    dry_run(lambda *given: found.append(function(*given)), *of.arguments)
+    return found[0]
 
 
 def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
@@ -335,24 +405,17 @@ def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
     return call
 
 
-def _after_experts(call: Call) -> Call:
-    """The norm that adds up what experts leave."""
-    make = Maker(device="meta")
-    arguments = (expert_outputs(call.model, call.size, make), *call.arguments[1:])
-    num_bytes = call.work.num_bytes + call.size.rows * call.model.top_k * (call.model.hidden * 2 + 4)
-    return replace(call, arguments=arguments, work=replace(call.work, num_bytes=num_bytes))
-
-
 def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:
     """Bytes and operations of a cell's calls, their launches, the instructions that warps issue, and on each card
     their us and the roof that most of these are under."""
     made = ((call, one) for call in found for one in launches(call.operation, call.arguments))
-    seen = [to_price(call, one, lines) for call, one in made if one.kernel.name not in ONCE]
+    counted = ((call, one) for call, one in made if (one.kernel.name in ONCE) == call.once)
+    seen = [stage for call, one in counted for stage in to_price(call, one, lines)]
     result: dict[str, Any] = {
         "bytes": float(sum(call.work.num_bytes for call in found)),
         "flops": float(sum(call.work.operations for call in found)),
         "calls": len(found),
-        "launches": len(seen),
+        "launches": sum(not launch.follows for launch in seen),
         "instructions": round(sum(launch.instructions for launch in seen)),
     }
     for name, card in DATA_SHEETS.items():

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from cierzo.engine.cost.device import Kind, Number, Rate
 
 KINDS: dict[str, Kind] = {
-    "expert_mlp": "experts",
+    **dict.fromkeys(("expert_mlp", "expert_terms"), "experts"),
     **dict.fromkeys(("mla_decode", "mla_values", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
     **dict.fromkeys(("linear", "lm_head", "gated_mlp", "route", "mla_absorb", "mla_unabsorb"), "products"),
-    **dict.fromkeys(("latents_of", "absorbed_queries"), "products"),
+    **dict.fromkeys(("linear_in", "linear_terms", "route_groups"), "products"),
+    **dict.fromkeys(("latents_of", "absorbed_queries", "rotate_and_absorb"), "products"),
 }
-INT64, FP32 = 8, 4  # bytes
+INT64, INT32, FP32 = 8, 4, 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ MOVED: dict[str, Callable[[ModelSizes, Number, int], Number]] = {
     "rotate_and_write_keys_values": lambda s, rows, page: (  # queries in place, and angles
         rows * (s.page_values * (s.value_bytes + page) + s.head_dim * (2 * s.heads * s.value_bytes + FP32))
     ),
+    "plan": lambda s, rows, _: rows * 3 * INT32,  # of a sequence: where it starts, its length, an item of work
     "group_by_expert": lambda s, rows, _: (2 * rows * s.top_k + s.experts + 1) * INT64,
     "sum_terms": lambda s, rows, _: (
         rows * (s.hidden * (s.top_k + 2) * s.value_bytes + s.top_k * FP32)

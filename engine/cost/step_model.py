@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cierzo.engine.cost.device import Device, Number
+from cierzo.engine.cost.launched import launched_work
 from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.roofs import IN_FLIGHT, LAUNCHES, MEMORY
 from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import Distinct, StepShape, step_work, work_beside
+from cierzo.engine.cost.work import Distinct, StepShape, step_work
 from cierzo.engine.errors import refusal
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 ARITHMETIC = "arithmetic"  # the roof of products whose share was stated or measured: which one, nobody knows
 WAITS = (MEMORY, IN_FLIGHT)
-WITHIN = ("mla_unabsorb",)  # on a GPU it has no launches, and its time is in the prediction of mla_decode
 
 
 class StepTotals(msgspec.Struct, kw_only=True):
@@ -100,9 +100,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 def price(device: Device, work: Work) -> Price:
     """Price an operation: by what is predicted of it, or its measured share, or the stated one of its kind. Raises
     ConfigError for a device that has none of them."""
-    mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
-    bytes_s = mine / device.bytes_per_s
-    operations_s = work.operations / device.cards / device.operations_per_s[work.rate]
+    bytes_s, operations_s = _least_s(device, work)
     limit_s = np.maximum(bytes_s, operations_s)
     call_s = limit_s / work.calls
     launches: Number = 0.0
@@ -115,8 +113,6 @@ def price(device: Device, work: Work) -> Price:
             under = [at for at, one in enumerate(curve.roofs) if one == name]
             roofs_s[name] = np.where(np.isin(nearest, under), took_s, 0.0)
         launches = work.calls * (limit_s > 0) * np.interp(place, places, curve.launches)
-    elif device.predicted and work.operation in WITHIN:
-        roofs_s = {}
     elif (share := device.measured_share(work.operation, work.format, call_s)) is not None:
         roofs_s = _either(bytes_s >= operations_s, limit_s / share)
     elif not device.stated:
@@ -129,6 +125,12 @@ def price(device: Device, work: Work) -> Price:
     return Price(bytes_s=bytes_s, operations_s=operations_s, roofs_s=roofs_s, launches=launches)
 
 
+def _least_s(device: Device, work: Work) -> tuple[Any, Any]:
+    """Seconds for an operation's bytes, and for its arithmetic, at the device's rates."""
+    mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
+    return mine / device.bytes_per_s, work.operations / device.cards / device.operations_per_s[work.rate]
+
+
 def _either(waits: Any, took_s: Any) -> dict[str, Any]:
     return {MEMORY: np.where(waits, took_s, 0.0), ARITHMETIC: np.where(waits, 0.0, took_s)}
 
@@ -139,20 +141,20 @@ def step_time(
     *,
     rows: Number,
     exchanged_bytes: Number = 0.0,
-    beside: Sequence[Work] = (),
+    launches: Sequence[Work] = (),
     launched: Any = False,
 ) -> StepTotals:
-    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends. beside: operations that
-    are hardly more than their launches. launched: whether the host launches the step's kernels, which are else
-    replayed; it does so while the device computes, and counts where the device has to wait for it."""
-    found, more = ([price(device, work) for work in some] for some in (works, beside))
-    priced = [*zip((*works, *beside), (*found, *more), strict=True)]
+    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends. launches: the operations
+    as a GPU launches them, which are then priced in place of `works`. launched: whether the host launches the
+    step's kernels, which are else replayed; it does so while the device computes, and counts where the device has
+    to wait for it."""
+    priced = [(work, price(device, work)) for work in launches or works]
     parts = [(roof, work, each) for work, one in priced for roof, each in one.roofs_s.items()]
     took_s = sum(each for *_, each in parts)
     memory_s = sum(each for roof, _, each in parts if roof in WAITS)
     launches_s = sum(each for roof, _, each in parts if roof == LAUNCHES)
     host_s = sum(one.launches for _, one in priced) * device.launch_s * launched
-    bytes_s, operations_s = [one.bytes_s for one in found], [one.operations_s for one in found]
+    bytes_s, operations_s = zip(*(_least_s(device, work) for work in works), strict=True)
     beyond_s = launches_s + np.maximum(host_s - took_s, 0.0)
     return StepTotals(
         steps=np.ones_like(rows, dtype=np.int64),
@@ -194,6 +196,10 @@ class StepModel:
         """List the operations of a step."""
         return step_work(self._model, self._layout, self.formats, step, self._distinct)
 
+    def launches(self, step: StepShape) -> list[Work]:
+        """List the operations of a step as a GPU launches them."""
+        return launched_work(self._model, self._layout, self.formats, step, self._distinct)
+
     def time(self, step: StepShape, rows: Number) -> StepTotals:
         """Price a step of so many sequences; arrays stand for several steps. Twice a layer each card sends the
         hidden states (bf16) of the other cards' rows."""
@@ -204,7 +210,7 @@ class StepModel:
             self.work(step),
             rows=rows,
             exchanged_bytes=sent,
-            beside=work_beside(self._model, self._layout, step) if self.device.predicted else (),
+            launches=self.launches(step) if self.device.predicted else (),
             launched=(np.asarray(step.expanded_tokens) > 0) | (np.asarray(rows) > self._replayed),
         )
         found.tokens = step.tokens

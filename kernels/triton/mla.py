@@ -32,9 +32,9 @@ from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
 from cierzo.kernels.triton.split import Shape, add_partial, load_item, round_items, store_partial
 from cierzo.kernels.triton.widen import DOWN, LIFT, UNFOLD, UP, folded, widened
 
-# Bits of a cached value -> tokens of a tile (a split is a multiple of them, and so is a page by default on a GPU),
-# and stages of the pipeline. Two programs of 64 rows then fit into the memory of a multiprocessor: the softmax of
-# one hides behind the products of the other.
+# Bits of a cached value -> tokens of a tile (a split is a multiple of them, and a page by default on a GPU is one),
+# and stages of the pipeline. With 8 bits two programs of 64 rows fit into the memory of a multiprocessor: the
+# softmax of one hides behind the products of the other. With 16 bits one does, and has a stage more under way.
 TILES = {8: (64, 2), 16: (64, 3), 32: (32, 2)}
 
 

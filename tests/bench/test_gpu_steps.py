@@ -15,7 +15,8 @@ def test_the_parts_of_a_step_are_its_whole(capsys: pytest.CaptureFixture[str]) -
     assert [*found] == ["decode 1 of 4,096", "decode 64 of 4,096", "decode 256 of 4,096", "prefill 8,192"]
     for parts in found.values():
         assert all(ms > -1e-6 for ms in parts.values())
-        assert {steps.REST, "expert_mlp nvfp4", "linear fp8", "draw bf16"} <= parts.keys()
+        assert {steps.REST, "expert_terms nvfp4", "latents_of fp8", "draw bf16"} <= parts.keys()
+    assert found["prefill 8,192"]["mla_values fp8"] == found["decode 64 of 4,096"]["mla_prefill fp8"] == 0
     batch = [sum(found[f"decode {count} of 4,096"].values()) for count in steps.BATCHES]
     assert batch == sorted(batch)
     assert steps.main([]) == 0

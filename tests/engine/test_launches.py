@@ -344,6 +344,7 @@ def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch:
             values.setdefault((one.name, constant), set()).add(value)
     assert values["flash", "CARRIED"] == {False, True}  # a prompt in one round, and in several
     assert values["mla_attend", "TOGETHER"] == values["values", "TOGETHER"] == {2}  # also of one sequence
+    assert values["mla_attend", "SHORT"] == values["values", "SHORT"] == {256, 2048}  # few sequences, and many
     assert values["linear", "APART"] == {False, True}
     assert values["apply_rope", "SCALED"] == {False, True}  # contexts beyond the original positions
     assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw_choose"} < {
