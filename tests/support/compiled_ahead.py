@@ -83,6 +83,7 @@ FOUR_BITS = {
     "expert_gate_up: expert_mlp, small4, one row, nvfp4": 492,
     "expert_down: expert_mlp, small4, one row, nvfp4": 492,
     "expert_down: expert_mlp, small4, 24 rows, nvfp4": 401,
+    "expert_gate_up: expert_mlp, small4, 24 rows, mxfp4": 423,
     "expert_gate_up: expert_mlp, small4, 500 rows, nvfp4": 438,
     "expert_gate_up: expert_mlp, small4, long prefill, nvfp4": 692,
 }
