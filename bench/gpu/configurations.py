@@ -24,6 +24,7 @@ from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import SOURCES, program
+from cierzo.kernels.formats.number_formats import DEVICE_FORMATS
 from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.flash import WORKSPACE_TOKENS
 from cierzo.kernels.triton.heuristics import APART_TOKENS
@@ -112,7 +113,7 @@ def configurations() -> dict[str, Configuration]:
         for told, configuration in forms(parts):
             if not told or parts[2].rows > APART_TOKENS:  # parts of k apart have no descriptors
                 keep(configuration, f"{cell}{told}")
-    for cell, configuration in (*of_terms(), *of_stages()):
+    for cell, configuration in (*of_terms(), *of_stages(), *of_checkpoints()):
         keep(configuration, cell)
     return found
 
@@ -158,6 +159,17 @@ def of_stages() -> Iterator[tuple[str, Configuration]]:
         for told, before in (("first", None), ("of experts", experts)):
             for one in _launched("latents_of", before, *given):
                 yield f"{model.name}, {size.name}, {told}, {format}, {pages} pages", one
+
+
+def of_checkpoints() -> Iterator[tuple[str, Configuration]]:
+    """Launches of experts in formats that a checkpoint may bring and a user cannot choose, so that no case has
+    them."""
+    known = CASES["expert_mlp"]
+    brought = [format for format in DEVICE_FORMATS if format not in known.formats]
+    models = [model for model in known.models if model.experts]
+    for model, size, format in product(models, SIZES, brought):
+        for told, one in forms(("expert_mlp", model, size, format)):
+            yield f"expert_mlp, {model.name}, {size.name}, {format}{told}", one
 
 
 def _norms(model: ModelSizes, size: Size, terms: Summands) -> Iterator[Configuration]:

@@ -27,7 +27,8 @@ def test_every_kernel_is_in_the_report() -> None:
 
 
 def test_a_dry_run_meets_every_form_of_a_kernel() -> None:
-    """Parts of k apart and together, pointers and descriptors, shared prefixes, prompts of several rounds."""
+    """Parts of k apart and together, pointers and descriptors, shared prefixes, prompts of several rounds, experts
+    in a format that only checkpoints have."""
     forms: dict[str, set[object]] = {}
     for configuration in configurations().values():
         for name, value in configuration.constants.items():
@@ -41,6 +42,8 @@ def test_a_dry_run_meets_every_form_of_a_kernel() -> None:
     assert forms["mla_attend H"] == {32, 16, 8, 4}
     assert forms["flash WINDOW"] == {0, 128}
     assert forms["linear FORMAT"] == {"plain", "fp8", "fp8 woven", "nvfp4"}
+    for name in ("expert_gate_up FORMAT", "expert_down FORMAT"):
+        assert forms[name] == forms["linear FORMAT"] | {"mxfp4"}, name
 
 
 @pytest.mark.parametrize("kernel", ["linear: linear", "expert_gate_up: expert_mlp", "expert_down: expert_mlp"])

@@ -2,12 +2,14 @@
 
     launch          of a prepared Configuration, and the same through Triton's JITFunction.run; of a CUDA C++
                     kernel, as far as CuPy
-    operations      a call of a kernel's host function, with all its launches and the tensors that it makes
+    operations      a call of each operation that a step of Mistral Small 4 makes on a GPU, by its registered host
+                    function, with all its launches and the tensors that it makes
 
 The launches go through Triton's launcher to the stand-in's libcuda, which queues them; nothing ever runs them. So
 the time of a driver is not in it, nor that of torch's allocator for a card: tensors are the host's here. Times are
-the least of several runs, of this thread alone. The last line is JSON for tests, which compare its figures with
-each other.
+the least of several runs, of this thread alone. Sizes are the model's, which choose the kernels; experts are few
+and narrow, as no launch depends on that. The last line is JSON for tests, which compare its figures with each
+other.
 """
 
 from __future__ import annotations
@@ -21,20 +23,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cierzo.kernels.cuda.launch import moe as cuda_moe
+from cierzo.bench.gpu.calls import expert_outputs
+from cierzo.bench.gpu.cases import CASES, SMALL4, Maker, Size
+from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.device import CupyBackend
 from cierzo.kernels.cuda.launch.kernel import Kernel
 from cierzo.kernels.cuda.launch.launcher import launch as launch_cuda
 from cierzo.kernels.cuda.launch.launcher import running_on
-from cierzo.kernels.formats.device import quantise
-from cierzo.kernels.triton import linear, moe, norm
+from cierzo.kernels.ops.terms import Terms
 from cierzo.kernels.triton.compile import load, warmed
 from cierzo.kernels.triton.launch import Configuration, dry_run, launch, prepared
 from standin.cases import COPY
 from standin.driver import Machine
 
 ROUNDS, CALLS = 7, 200
-EXPERTS, SLOTS, WIDTH, INNER, TOKENS = 16, 4, 256, 128, 64
+MODEL = replace(SMALL4, name="few experts", vocab=1024, experts=16, expert_width=128, shared_width=128)
+DECODE = Size(name="decode", sequences=8, rows_each=1, context=256)
+PRODUCTS = ("fp8", "static fp8 x fp8")  # of a step with experts in NVFP4, and of one in FP8
+# What a step calls, and the number formats in which. A norm and the first product have before them what the
+# operation before leaves: parts of a product, and experts' terms.
+STEP = {
+    **dict.fromkeys(("latents_of", "absorbed_queries", "linear_terms"), PRODUCTS),
+    "expert_terms": ("nvfp4", PRODUCTS[1]),
+    **dict.fromkeys(("mla_values", "add_rms_norm", "route_groups", "rope_tables"), ("bf16",)),
+    **dict.fromkeys(("sum_terms", "lm_head"), ("bf16",)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +117,28 @@ def of_cuda_launch() -> float:
     return least_us(lambda: launch_cuda(kernel, grid=(4, 2), threads=128, **given))
 
 
-def operations() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Calls by name."""
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(TOKENS, WIDTH, generator=random).bfloat16()
-    weight = torch.randn(WIDTH, generator=random).bfloat16()
-    matrix = quantise(torch.randn(WIDTH, WIDTH, generator=random).bfloat16(), "fp8")
-    gate_up = quantise(torch.randn(EXPERTS, 2 * INNER, WIDTH, generator=random).bfloat16(), "nvfp4")
-    down = quantise(torch.randn(EXPERTS, WIDTH, INNER, generator=random).bfloat16(), "nvfp4")
-    router = torch.randn(EXPERTS, WIDTH, generator=random).bfloat16()
-    ids = torch.arange(TOKENS * SLOTS).view(TOKENS, SLOTS) % EXPERTS
-    order, starts = torch.arange(TOKENS * SLOTS), torch.arange(EXPERTS + 1)
-    shares = torch.rand(TOKENS, SLOTS, generator=random)
-    return {
-        "rms_norm": (norm.rms_norm, (x, weight, 1e-5)),
-        "add_rms_norm": (norm.add_rms_norm, (x, x.clone(), weight, 1e-5)),
-        "linear": (linear.linear, (x, matrix)),
-        "expert_mlp": (moe.expert_mlp, (x, gate_up, down, shares, order, starts, None, None)),
-        "route (CUDA C++)": (cuda_moe.route, (x, router, SLOTS, 1, 1, True, 1.0)),
-        "group_by_expert (CUDA C++)": (cuda_moe.group_by_expert, (ids, EXPERTS)),
-    }
+def arguments_of(operation: str, format: str) -> tuple[Any, ...]:
+    """Arguments as a step gives them."""
+    maker = Maker(format, cold_bytes=0)
+    ((first, *given), *_), _ = CASES[operation].make(MODEL, DECODE, maker)
+    if operation == "latents_of":
+        first = expert_outputs(MODEL, DECODE, maker)
+    if operation == "add_rms_norm":
+        first = parts_of(PRODUCTS[0])
+    return first, *given
+
+
+def parts_of(format: str) -> Terms:
+    """The result of the product behind attention, as shapes: its parts of k."""
+    (arguments, *_), _ = CASES["linear_terms"].make(MODEL, DECODE, Maker(format, "meta", cold_bytes=0))
+    found: list[Terms] = []
+    dry_run(lambda *given: found.append(on_gpu("linear_terms")(*given)), *map(on_meta, arguments))
+    return replace(found[0], values=torch.empty_like(found[0].values, device="cpu"))
+
+
+def on_gpu(operation: str) -> Callable[..., Any]:
+    """The host function that a GPU's engine calls."""
+    return registry.implementations(operation, "cuda")[0].load()
 
 
 def main() -> int:
@@ -133,7 +148,11 @@ def main() -> int:
         straight, through_triton = of_launch(machine)
         with running_on(_Queueing()):
             cuda = of_cuda_launch()
-            found = {name: measured(function, given) for name, (function, given) in operations().items()}
+            found = {
+                f"{operation}, {format}": measured(on_gpu(operation), arguments_of(operation, format))
+                for operation, formats in STEP.items()
+                for format in formats
+            }
     finally:
         machine.close()
     print(f"{'a launch':30}{straight:8.2f} us, {through_triton:.2f} us through JITFunction.run")
