@@ -83,7 +83,7 @@ def kernel(function: Callable[..., None]) -> Any:
     return found
 
 
-def settle() -> None:
+def take_digests() -> None:
     """Have Triton take the digests of all kernels in one order, that of their definition.
 
     In Triton 3.6 a digest depends on whether those of the functions that a kernel calls were taken before it, or
@@ -209,7 +209,7 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         _dry.append(Launch(configuration, grid, configuration.num_warps, 0, num_bytes))
         return
     note(configuration.kernel.__name__)
-    settle()
+    take_digests()
     try:
         compiled = configuration.kernel[grid](
             **(arguments | descriptors), **configuration.constants, **configuration.options

@@ -230,7 +230,7 @@ def multiply(
     if cut.apart and terms:
         return Terms(target, None, out.dtype)
     if cut.apart:
-        configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
+        configuration = sum_parts_configuration(POINTER[out.dtype], weights.rows, cut.count)
         sums = (tokens, divide_up(weights.rows, SUM_BLOCK))
         launch(configuration, sums, parts_ptr=target, out_ptr=out, tokens=tokens)
     return out
@@ -284,7 +284,7 @@ def linear_configuration(
 
 
 @kept
-def sum_configuration(pointer: str, outputs: int, count: int) -> Configuration:
+def sum_parts_configuration(pointer: str, outputs: int, count: int) -> Configuration:
     """pointer: to the result, such as "*bf16"."""
     types = {"parts_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
     return Configuration(_sum_parts, types, {"N": outputs, "PARTS": count, "BLOCK": SUM_BLOCK})

@@ -30,7 +30,7 @@ from cierzo.bench.gpu import ceilings
 from cierzo.bench.gpu.compiled import compile_all, faults
 from cierzo.bench.gpu.configurations import configurations
 from cierzo.kernels.triton import compile as compiling
-from cierzo.kernels.triton.launch import POINTER, Configuration, settle
+from cierzo.kernels.triton.launch import POINTER, Configuration, take_digests
 
 DTYPES = {pointer: dtype for dtype, pointer in POINTER.items()}
 
@@ -66,7 +66,7 @@ def launched(configuration: Configuration) -> Any:
         else:
             values[name] = 0.5 if kind.startswith("fp") else 16
     driver.set_active(Launching())  # type: ignore[arg-type]
-    settle()  # as `launch` does
+    take_digests()  # as `launch` does
     return configuration.kernel.run(
         grid=(1,), warmup=True, **values, **configuration.constants, **configuration.options
     )

@@ -30,7 +30,7 @@ def _widen(codes_ptr, scales_ptr, out_ptr, FORMAT: tl.constexpr, N: tl.constexpr
     rows = tl.arange(0, N)[:, None]
     codes = tl.load(codes_ptr + rows * (K // 8) + tl.arange(0, K // 8)[None, :])
     scales = tl.load(scales_ptr + rows * (K // 32) + tl.arange(0, K // 32)[None, :])
-    weights = kernels.widened(codes.to(tl.uint32, bitcast=True), scales, FORMAT, N, K)
+    weights = kernels.weights_in_order(codes.to(tl.uint32, bitcast=True), scales, FORMAT, N, K)
     tl.store(out_ptr + rows * K + kernels.columns_in_order(K)[None, :], weights)
 
 
