@@ -9,8 +9,7 @@ import torch
 from cierzo.bench.gpu.calls import make_call
 from cierzo.bench.gpu.cases import Size
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels.triton import linear, widths
-from cierzo.kernels.triton.heuristics import forced
+from cierzo.kernels.triton import widths
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
 FORMATS = ("nvfp4", "fp8", "bf16", "fp8 x fp8")
@@ -29,6 +28,5 @@ def configurations(format: str, model: ModelSizes) -> list[Configuration]:
     (arguments, *_), _ = make_call("linear", model, TOKENS, format, torch.device("meta"), cold_bytes=0)
     found: list[Configuration] = []
     for one in widths.tiles(*arguments):
-        with forced(one):
-            found += (launched.kernel for launched in dry_run(linear.lm_head, *arguments))
+        found += (launched.kernel for launched in dry_run(widths.multiply, *arguments, one))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,10 +94,11 @@ class DeviceMatrices:
         if format == self._plain:
             return as_tensor(parameter).to(self._device, copy=True)
         try:
-            kept = _kept(parameter, format, self._device)
-            matrix = kept if kept is not None else _quantised(parameter, format, self._device)
-            if not self.takes_fp8(request.role, format):
-                return fp8.weave(matrix)
+            woven = not self.takes_fp8(request.role, format)
+            kept = _kept(parameter, format, self._device, woven)
+            matrix = kept if kept is not None else _quantised(parameter, format, self._device, woven)
+            if woven:
+                return matrix
             scales = _activation_scales(parameter)
             return in_fp8(matrix, None if scales is None else scales.to(self._device))
         except DeviceFormatError as error:
@@ -104,44 +106,33 @@ class DeviceMatrices:
             raise CheckpointError(f"{name}: {error}", field=name) from error
 
 
-def _kept(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix | None:
-    """The stored codes, if the format holds all of them; scales of matrices above one another stay their own."""
+def _kept(parameter: Parameter, format: str, device: torch.device, woven: bool) -> DeviceMatrix | None:
+    """The stored codes, if the format holds all of them; scales of matrices above one another stay their own.
+    An expert at a time is put into the kernels' order there; woven: of FP8, that of fp8.weave."""
     if not isinstance(parameter, StoredParameter):
         return None
     blocks = set[tuple[int, int]]().union(*(fp8_blocks(parts) for parts in parameter.experts))
     rows, columns = max(blocks, default=(0, 0))
     if len(blocks) > 1 or (columns % BLOCK_COLUMNS and columns < parameter.shape[-1]):
         return None
-    if NUMBER_FORMATS[format].group:
-        return _put_in_order(parameter, format, device)
-    experts = [kept_codes(parts, format) for parts in parameter.experts]
-    tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
-    if len(tensors) < len(experts):
-        return None
-    stacked = [joined(of_experts) for of_experts in zip(*tensors, strict=True)]
-    if not parameter.fused:
-        stacked = [tensor[0] for tensor in stacked]
-    if not columns:
-        return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype).to(device)
-    scales, rows = _of_blocks(stacked[1], rows)
-    return fp8.from_codes(stacked[0], scales, parameter.dtype, (rows, columns)).to(device)
-
-
-def _put_in_order(parameter: StoredParameter, format: str, device: torch.device) -> DeviceMatrix | None:
-    """Codes of 4 bits, put into the kernels' order there, an expert at a time."""
-    codec = NUMBER_FORMATS[format].codec()
+    codec, block = NUMBER_FORMATS[format].codec(), [(1, columns)] if columns else []
 
     def experts() -> Iterator[DeviceMatrix]:
         for parts in parameter.experts:
             kept = kept_codes(parts, format)
             if kept is None:
                 raise _Anew
-            yield codec.from_codes(*(tensor.to(device) for tensor in kept), parameter.dtype)
+            one = codec.from_codes(*(tensor.to(device) for tensor in kept), parameter.dtype, *block)
+            yield fp8.weave(one) if woven else one
 
     try:
-        return stack(experts(), len(parameter.experts)) if parameter.fused else next(experts())
+        matrix = stack(experts(), len(parameter.experts)) if parameter.fused else next(experts())
     except _Anew:
         return None
+    if not columns:
+        return matrix
+    scales, rows = _of_blocks(matrix.scales, rows)
+    return replace(matrix, scales=scales.contiguous(), block=(rows, columns))
 
 
 def _of_blocks(scales: Tensor, rows: int) -> tuple[Tensor, int]:
@@ -179,18 +170,20 @@ def _activation_scale(part: StoredMatrix) -> Tensor | None:
     return part.activation_scale if isinstance(part, ScaledMatrix | GridMatrix) else None
 
 
-def _quantised(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix:
+def _quantised(parameter: Parameter, format: str, device: torch.device, woven: bool) -> DeviceMatrix:
     """An expert at a time, and of an FP8 matrix some rows: in 16 bits and in fp32, all of them together take
-    several times what they will."""
+    several times what they will. woven: as in _kept."""
     if len(parameter.shape) == 2:
         whole = as_tensor(parameter)
         if NUMBER_FORMATS[format].group or len(whole) <= ROWS:
-            return quantise(whole.to(device), format)
+            matrix = quantise(whole.to(device), format)
+            return fp8.weave(matrix) if woven else matrix
         pieces = [quantise(whole[start : start + ROWS].to(device), format) for start in range(0, len(whole), ROWS)]
         codes, scales = ([getattr(one, name)[0] for one in pieces] for name in ("codes", "scales"))
-        return fp8.from_codes(joined(codes), joined(scales), pieces[0].dtype, (1, whole.shape[1]))
+        matrix = fp8.from_codes(joined(codes), joined(scales), pieces[0].dtype, (1, whole.shape[1]))
+        return fp8.weave(matrix) if woven else matrix
     experts = (
-        quantise(as_tensor(parameter[number : number + 1])[0].to(device), format)
+        _quantised(as_tensor(parameter[number : number + 1])[0], format, device, woven)
         for number in range(parameter.shape[0])
     )
     return stack(experts, parameter.shape[0])

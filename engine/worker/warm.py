@@ -37,9 +37,7 @@ class Compilation:
             return
         self._device = torch.device(config.device)
         with watching("compiling"):
-            weights_in = NUMBER_FORMATS[config.weights]
-            formats = (weights_in.name, weights_in.of("linear", "cuda", "bf16"), "bf16")
-            widths.settle(formats, config.activations, self._device)
+            widths.settle(formats(config), self._device)
             self._found = launches(config, weights())
             self._missing = compiling.missing(self._found.configurations)
         thread = ThreadPoolExecutor(1)
@@ -66,6 +64,13 @@ class Compilation:
             for configuration in self._found.configurations:
                 compiling.load(configuration)
         return f"{len(self._found.configurations) + len(self._found.kernels)} kernels compiled in {seconds:.1f} s"
+
+
+def formats(config: EngineConfig) -> list[tuple[str, str]]:
+    """Formats of weights and of the activations that they meet, where those are in 16 bits or fewer."""
+    weights_in = NUMBER_FORMATS[config.weights]
+    products = (weights_in.name, weights_in.of("linear", "cuda", "bf16"))
+    return [*((one, config.activations) for one in products), (config.head, "bf16"), ("bf16", "bf16")]
 
 
 def record_steps(record: Callable[[Callable[[], None]], None], number: int) -> str:

@@ -364,20 +364,24 @@ template <class X, class W>
 __device__ __forceinline__ void route_and_group(const X* x, i64 x_stride, bool x_aligned, const W* weight,
                                                 i64 weight_stride, bool weight_aligned, float* logits, i64* ids,
                                                 float* weights, i64* order, i64* starts, int* tickets, int rows,
-                                                int width, Rule rule, int* counters, float* p, unsigned char* chosen,
-                                                int* shared) {
+                                                int width, Rule rule) {
+    __shared__ float p[CHOICE_WARPS * WARP * MAX_VALUES];
+    __shared__ unsigned char chosen[CHOICE_WARPS * MAX_GROUPS];
+    __shared__ int last;
+    DYNAMIC_SHARED(counters);
     const int warp = int(threadIdx.x) / WARP, blocks = int(gridDim.x), pairs = rows * rule.top_k;
     tile_of_logits<1>(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, rule.experts,
                       width);
-    if (!is_last(tickets + blockIdx.x, int(gridDim.y), shared)) return;
+    if (!is_last(tickets + blockIdx.x, int(gridDim.y), &last)) return;
     for (int i = warp; i < ROWS; i += CHOICE_WARPS) {
         const i64 row = i64(blockIdx.x) * ROWS + i;
         if (row < rows)
             choose_for_row(logits + row * rule.experts, rule, ids + row * rule.top_k, weights + row * rule.top_k,
                            p + warp * WARP * MAX_VALUES, chosen + warp * MAX_GROUPS);
     }
-    if (!is_last(tickets + blocks, blocks, shared)) return;
-    group_pairs(ids, nullptr, order, starts, pairs, (pairs + WARP - 1) / WARP, rule.experts, counters, 0, 1);
+    if (!is_last(tickets + blocks, blocks, &last)) return;
+    group_pairs(ids, nullptr, order, starts, pairs, (pairs + WARP - 1) / WARP, rule.experts,
+                reinterpret_cast<int*>(counters), 0, 1);
 }
 
 }  // namespace
@@ -408,13 +412,8 @@ extern "C" __global__ void __launch_bounds__(128)
                      int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
                      int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
                      int renormalise, float scale) {
-    __shared__ float p[CHOICE_WARPS * WARP * MAX_VALUES];
-    __shared__ unsigned char chosen[CHOICE_WARPS * MAX_GROUPS];
-    __shared__ int last;
-    DYNAMIC_SHARED(counters);
     route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
-                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale},
-                    reinterpret_cast<int*>(counters), p, chosen, &last);
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -422,13 +421,8 @@ extern "C" __global__ void __launch_bounds__(128)
                      int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
                      int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
                      int renormalise, float scale) {
-    __shared__ float p[CHOICE_WARPS * WARP * MAX_VALUES];
-    __shared__ unsigned char chosen[CHOICE_WARPS * MAX_GROUPS];
-    __shared__ int last;
-    DYNAMIC_SHARED(counters);
     route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
-                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale},
-                    reinterpret_cast<int*>(counters), p, chosen, &last);
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -436,13 +430,8 @@ extern "C" __global__ void __launch_bounds__(128)
                      int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
                      int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
                      int renormalise, float scale) {
-    __shared__ float p[CHOICE_WARPS * WARP * MAX_VALUES];
-    __shared__ unsigned char chosen[CHOICE_WARPS * MAX_GROUPS];
-    __shared__ int last;
-    DYNAMIC_SHARED(counters);
     route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
-                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale},
-                    reinterpret_cast<int*>(counters), p, chosen, &last);
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -450,11 +439,6 @@ extern "C" __global__ void __launch_bounds__(128)
                      int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
                      int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
                      int renormalise, float scale) {
-    __shared__ float p[CHOICE_WARPS * WARP * MAX_VALUES];
-    __shared__ unsigned char chosen[CHOICE_WARPS * MAX_GROUPS];
-    __shared__ int last;
-    DYNAMIC_SHARED(counters);
     route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
-                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale},
-                    reinterpret_cast<int*>(counters), p, chosen, &last);
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
 }

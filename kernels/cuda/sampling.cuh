@@ -206,8 +206,7 @@ __device__ __forceinline__ u64 total_of(Workspace& work) {
     return u64(sum_of(work, i64(own)));
 }
 
-struct Threshold {
-    bool reached;
+struct Least {
     u32 key;
     u64 above;  // weight of the larger keys
 };
@@ -217,8 +216,8 @@ struct Threshold {
 // Elements are i = 0 .. count - 1 with their values, those for which in(i, value). weight(value): a whole number. Three
 // passes find 11, 11 and 10 bits of the key. MANY: of a whole row, read four at a time.
 template <bool MANY, class In, class Key, class Weight>
-__device__ __forceinline__ Threshold refine(Workspace& work, const float* values, int count, In in, Key key,
-                                            Weight weight, u64 rest) {
+__device__ __forceinline__ Least refine(Workspace& work, const float* values, int count, In in, Key key, Weight weight,
+                                        u64 rest) {
     u32 prefix = 0;
     u64 above = 0;
 #pragma unroll 1
@@ -243,12 +242,18 @@ __device__ __forceinline__ Threshold refine(Workspace& work, const float* values
         rest -= past;
         __syncthreads();
     }
-    return {true, prefix, above};
+    return {prefix, above};
 }
 
-// `refine` for the values of a row whose bin is not -1, where `rest` is wanted(sum of their weights); not reached if they have
-// less. bin(i, value) must not fall where key(i, value) grows. The first pass finds the bin, the others a key in it:
-// bins spread elements whose keys begin with the same bits.
+struct Threshold {
+    bool reached;
+    u32 key;
+    u64 above;  // weight of the larger keys
+};
+
+// `refine` for the values of a row whose bin is not -1, where `rest` is wanted(sum of their weights); not reached if
+// they have less. bin(i, value) must not fall where key(i, value) grows. The first pass finds the bin, the others a
+// key in it: bins spread elements whose keys begin with the same bits.
 template <class Bin, class Key, class Weight, class Wanted>
 __device__ __forceinline__ Threshold find_threshold(Workspace& work, const float* values, int count, Bin bin, Key key,
                                                     Weight weight, Wanted wanted) {
@@ -265,7 +270,7 @@ __device__ __forceinline__ Threshold find_threshold(Workspace& work, const float
     if (chosen >= BINS) return {false, 0, 0};
     __syncthreads();
     const auto in = [&](int i, float value) { return bin(i, value) == int(chosen); };
-    const Threshold found = refine<true>(work, values, count, in, key, weight, rest - past);
+    const Least found = refine<true>(work, values, count, in, key, weight, rest - past);
     return {true, found.key, past + found.above};
 }
 

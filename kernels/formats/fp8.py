@@ -64,8 +64,9 @@ def dequantise(matrix: DeviceMatrix) -> Tensor:
 
 
 def weave(matrix: DeviceMatrix) -> DeviceMatrix:
-    """An fp8 matrix with woven rows, a copy; itself where it is multiplied otherwise: with activations in fp8 or
-    fp32, or in columns that are no multiple of 64. Raises DeviceFormatError for a code that stands for NaN."""
+    """An fp8 matrix with woven rows, a copy: whoever loads many experts weaves each before it stacks them. Itself
+    where it is multiplied otherwise: with activations in fp8 or fp32, or in columns that are no multiple of 64.
+    Raises DeviceFormatError for a code that stands for NaN."""
     plain = matrix.activations == "plain" and matrix.dtype == torch.bfloat16
     if matrix.format != "fp8" or matrix.woven or not plain or matrix.shape[-1] % WOVEN:
         return matrix
@@ -73,7 +74,7 @@ def weave(matrix: DeviceMatrix) -> DeviceMatrix:
     words = torch.empty(experts, n, k // WORD, dtype=torch.int32, device=matrix.codes.device)
     if words.is_meta:
         return replace(matrix, codes=words, woven=True)
-    for stored, woven in zip(matrix.codes, words, strict=True):  # in the memory of one more expert
+    for stored, woven in zip(matrix.codes, words, strict=True):
         if bool((stored.view(torch.uint8) & NAN == NAN).any()):
             raise DeviceFormatError("fp8: a code is NaN")
         woven.copy_(_woven(stored))

@@ -3,9 +3,8 @@
     residual += x;  out = attention or MLP (rms_norm(residual))
 
 x is the result of the block before (None before the first one), which may be terms (terms.py); with several ranks
-it is their sum. Each block
-equals the composition of the single operations (compose.py): an implementation may run it in one go, so that a step
-crosses from Python twice a layer, and not thirty times.
+it is their sum. Each block equals the composition of the single operations (compose.py): an implementation may run
+it in one go, so that a step crosses from Python twice a layer, and not thirty times.
 
 Letters: T rows of the step, D hidden width, H heads, R latent rank, P rope dims, V value dims, Q latent rank of the
 query, E experts, K experts per token, F expert or MLP width; Hq and Hk query and key-value heads, d their width;

@@ -111,8 +111,8 @@ def expert_mlp(
     x [T,D]; gate_up [E,2F,D], the first F rows the gate; down [E,D,F]; weights fp32 [T,K]; groups from
     group_by_expert. shared_gate_up [2S,D] and shared_down [D,S], or neither: an expert of every token, of weight 1.
     One dtype, but for weights; packed gate_ups are `paired`; activations in FP8 as in linear.py, by each expert's
-    scale. MLPs as in linear.gated_mlp, whose outputs may be
-    rounded to that dtype before the sum; the sum is fp32, slot by slot in order, the shared expert last.
+    scale. MLPs as in linear.gated_mlp, whose outputs may be rounded to that dtype before the sum; the sum is fp32,
+    slot by slot in order, the shared expert last.
     One pass over the experts that have tokens: the others' weights are not read and may hold anything.
     Intermediates may exceed fp16's range. T may be 0.
     """

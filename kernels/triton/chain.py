@@ -23,7 +23,7 @@ from cierzo.kernels.triton.launch import CHAINED, kernel
 
 def chained(function: Callable[..., None]) -> Any:
     """Apply `kernel` to a function that calls `after_others` before all else."""
-    CHAINED.add(function.__name__)
+    CHAINED.add(function)
     return kernel(function)
 
 

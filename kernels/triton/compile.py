@@ -30,7 +30,7 @@ from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration, settle
+from cierzo.kernels.triton.launch import POINTER, Configuration, take_digests
 
 WARP_THREADS = 32
 MOST_PROCESSES = 16  # of half a gigabyte of memory each; Small 4 has less than a hundred configurations
@@ -200,7 +200,7 @@ def _ask(process: Popen[bytes], configuration: Configuration) -> None:
 
 def warmed(configuration: Configuration) -> Any:
     """Have Triton compile, or find in a cache, what a launch on the active driver's device wants."""
-    settle()
+    take_digests()
     arguments = {name: _argument(configuration, name, kind) for name, kind in configuration.types.items()}
     return configuration.kernel.warmup(grid=(1,), **arguments, **configuration.constants, **configuration.options)
 

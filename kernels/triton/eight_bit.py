@@ -22,6 +22,7 @@ import triton.language as tl
 
 from cierzo.kernels.formats import fp8
 from cierzo.kernels.triton.launch import kernel
+from cierzo.kernels.triton.widen import even, odd
 
 WORD = tl.constexpr(fp8.WORD)
 WOVEN = tl.constexpr(fp8.WOVEN)
@@ -55,25 +56,15 @@ def woven_weights(
             words = tl.load(pointers)
         else:
             words = tl.load(pointers, mask=(columns < K // WORD)[None, :], other=0)
-    return widened(words.to(tl.uint32, bitcast=True), BLOCK_N, BLOCK_K)
+    return woven_values(words.to(tl.uint32, bitcast=True), BLOCK_N, BLOCK_K)
 
 
 @kernel
-def widened(words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def woven_values(words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Woven words, uint32 [BLOCK_N, BLOCK_K / 4] -> bf16 [BLOCK_N, BLOCK_K]."""
     low, high = tl.inline_asm_elementwise(
         WIDEN, "=r,=r,r", [words], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
     )
-    values = tl.join(tl.join(_even(low), _even(high)), tl.join(_odd(low), _odd(high)))  # [.., word, half, pair]
+    values = tl.join(tl.join(even(low), even(high)), tl.join(odd(low), odd(high)))  # [.., word, half, pair]
     values = tl.reshape(values, (BLOCK_N, BLOCK_K // WOVEN, 4, 4, 2, 2))
     return tl.reshape(tl.trans(values, 0, 1, 3, 4, 2, 5), (BLOCK_N, BLOCK_K))
-
-
-@kernel
-def _even(pair):
-    return pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@kernel
-def _odd(pair):
-    return (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from cierzo.kernels.formats import four_bit, mxfp4, nvfp4
 from cierzo.kernels.triton.launch import kernel
+from cierzo.kernels.triton.widen import even, odd
 
 STRETCH = tl.constexpr(four_bit.STRETCH)
 WORD = tl.constexpr(four_bit.WORD)
@@ -90,7 +91,7 @@ def sums_in_order(
             x = tl.load(x_ptr + k + x_at, mask=(k + columns < K)[None, :], other=0.0)
         codes = tl.load(codes_ptr + k // WORD + codes_at)
         scales = tl.load(scales_ptr + k // THREAD + scales_at)
-        weights = widened(codes.to(tl.uint32, bitcast=True), scales, FORMAT, TALL, BLOCK_K)
+        weights = weights_in_order(codes.to(tl.uint32, bitcast=True), scales, FORMAT, TALL, BLOCK_K)
         total = tl.dot(weights.to(x.dtype), tl.trans(x), total, input_precision="ieee")
     total *= tl.load(row_scales_ptr + rows)[:, None]
     if PAIRED:
@@ -102,7 +103,7 @@ def sums_in_order(
 
 
 @kernel
-def widened(codes, scales, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def weights_in_order(codes, scales, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Words uint32 [N, K/8] and scales [N, K/32] -> bf16 [N, K], in order; N, K: BLOCK_N, BLOCK_K."""
     codes = tl.reshape(codes, (BLOCK_N, BLOCK_K // THREAD, 2, 2))
     pairs = scales_of_pairs(scales, FORMAT)[:, :, :, None]
@@ -110,9 +111,9 @@ def widened(codes, scales, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K:
         PAIRS, "=r,=r,=r,=r,r,r", [codes, tl.broadcast_to(pairs, codes.shape)],
         dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
     )  # fmt: skip
-    even = tl.join(tl.join(_even(p0), _even(p2)), tl.join(_even(p1), _even(p3)))
-    odd = tl.join(tl.join(_odd(p0), _odd(p2)), tl.join(_odd(p1), _odd(p3)))
-    found = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_K // STRETCH, 4, 16, 2))
+    evens = tl.join(tl.join(even(p0), even(p2)), tl.join(even(p1), even(p3)))
+    odds = tl.join(tl.join(odd(p0), odd(p2)), tl.join(odd(p1), odd(p3)))
+    found = tl.reshape(tl.join(evens, odds), (BLOCK_N, BLOCK_K // STRETCH, 4, 16, 2))
     return tl.reshape(tl.trans(found, 0, 1, 3, 2, 4), (BLOCK_N, BLOCK_K))
 
 
@@ -124,13 +125,3 @@ def scales_of_pairs(scales, FORMAT: tl.constexpr):
         return tl.join((both & 255) * NVFP4_STEP + NVFP4_BASE, (both >> 8) * NVFP4_STEP + NVFP4_BASE)
     one = scales.to(tl.uint32) * MXFP4_STEP
     return tl.join(one, one)
-
-
-@kernel
-def _even(pair):
-    return pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@kernel
-def _odd(pair):
-    return (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -115,10 +115,10 @@ SIZED = {
 
 def sizes(weights: Weights, activations: str, paired: bool) -> tuple[Tile, ...]:
     """Tiles of one row of SIZED: those for weights, and for activations of a type such as "*bf16"."""
-    return SIZED.get((_kind(weights, activations), paired), ())
+    return SIZED.get((family(weights, activations), paired), ())
 
 
-def _kind(weights: Weights, activations: str) -> str:
+def family(weights: Weights, activations: str) -> str:
     """First part of a key of TILES and SIZED."""
     if activations == "*fp32":
         return "fp32"
@@ -132,7 +132,7 @@ def _kind(weights: Weights, activations: str) -> str:
 def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
     """Tile for weights, and for activations of a type such as "*bf16". tokens: of one product, at most or nearly
     so. Raises ArgumentError for scales whose columns are not whole steps of a tile."""
-    kind, format, block_k = _kind(weights, activations), weights.format, weights.scale_block[1]
+    kind, format, block_k = family(weights, activations), weights.format, weights.scale_block[1]
     chosen = TILES[kind, paired]
     by_blocks = format in ("fp8", "fp8 woven") and block_k < weights.k
     if by_blocks and block_k % chosen.block_k:
@@ -152,7 +152,7 @@ def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> T
 
 @contextmanager
 def forced(chosen: Tile) -> Iterator[None]:
-    """Within, products of 16-bit activations have this tile."""
+    """Within, products of 16-bit activations have this tile, and k is not cut."""
     global _forced
     before, _forced = _forced, chosen
     try:
@@ -235,8 +235,10 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
     and follows from the weights' sizes and the card alone: so many that there is a program for 10 in 11
     multiprocessors, 120 of 132. With many tokens there are enough programs, and parts in memory would be more bytes
     than the weights: then the parts are not apart. Outputs that occupy more are in narrow tiles too for few tokens:
-    how many outputs a tile has does not change their bits.
+    how many outputs a tile has does not change their bits. A tile that is `forced` stays as it is.
     """
+    if wide is _forced:
+        return wide, Parts(1, weights.k)
     tiles, pieces = -(-weights.rows // NARROW_N), -(-weights.k // PART_COLUMNS)
     narrowed = replace(wide, block_n=min(wide.block_n, NARROW_N))
     count = min(-(-multiprocessors * 10 // (11 * tiles)), weights.k // LEAST_COLUMNS)

@@ -52,7 +52,7 @@ POINTER = {
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _LIMITS = {"i32": 1 << 31}  # Triton itself takes an integer for an i64 where it is larger, and compiles anew
-CHAINED: set[str] = set()  # names of kernels that are launched before those in front of them have ended (chain.py)
+CHAINED: set[Any] = set()  # functions of kernels that are launched before those in front have ended (chain.py)
 _unsettled: list[Any] = []  # kernels, and functions that kernels call, in the order of their definition
 _dry: list[Launch] | None = None  # launches of a dry run; None: launches run
 Prepared = Callable[[tuple[int, ...], Mapping[str, Any]], bool]
@@ -83,7 +83,7 @@ def kernel(function: Callable[..., None]) -> Any:
     return found
 
 
-def settle() -> None:
+def take_digests() -> None:
     """Have Triton take the digests of all kernels in one order, that of their definition.
 
     In Triton 3.6 a digest depends on whether those of the functions that a kernel calls were taken before it, or
@@ -141,7 +141,7 @@ class Configuration:
     @property
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""
-        chained = {"launch_pdl": True} if self.kernel.__name__ in CHAINED else {}
+        chained = {"launch_pdl": True} if self.kernel.fn in CHAINED else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False, **chained}
 
 
@@ -209,7 +209,7 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         _dry.append(Launch(configuration, grid, configuration.num_warps, 0, num_bytes))
         return
     note(configuration.kernel.__name__)
-    settle()
+    take_digests()
     try:
         compiled = configuration.kernel[grid](
             **(arguments | descriptors), **configuration.constants, **configuration.options
@@ -269,9 +269,7 @@ def _launcher(compiled: Any) -> Callable[[int, int, int, int, list[Any]], None]:
     """Triton's function in C that launches a kernel, given a grid, a stream, and all arguments in their order. What
     it takes besides differs between Triton 3.6 and 3.9."""
     found, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    if (
-        found.global_scratch_size or found.profile_scratch_size
-    ):  # of kernels that want memory at each launch: none of ours
+    if found.global_scratch_size or found.profile_scratch_size:  # memory at each launch: none of our kernels
         return lambda x, y, z, stream, values: found(x, y, z, stream, function, metadata, None, None, None, *values)
     call, how = found.launch, (found.launch_cooperative_grid, found.launch_pdl)
     if hasattr(found, "kernel_signature"):

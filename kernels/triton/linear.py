@@ -140,18 +140,18 @@ def _sum_parts(parts_ptr, out_ptr, tokens, N: tl.constexpr, PARTS: tl.constexpr,
 
 def linear(x: Rows, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
-    return _multiply("linear", x, weight, _empty(x, weight.shape[0]))
+    return multiply("linear", x, weight, _empty(x, weight.shape[0]))
 
 
 def linear_terms(x: Rows, weight: Matrix) -> Summands:
     """See ops/linear.py."""
-    return _multiply("linear_terms", x, weight, _empty(x, weight.shape[0]), terms=True)
+    return multiply("linear_terms", x, weight, _empty(x, weight.shape[0]), terms=True)
 
 
 def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
     out = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
-    return _multiply("lm_head", hidden, weight, out)
+    return multiply("lm_head", hidden, weight, out)
 
 
 def gated_mlp(x: Rows, gate_up: Matrix, down: Matrix) -> Tensor:
@@ -164,11 +164,11 @@ def gated_mlp_into(x: Rows, gate_up: Matrix, down: Matrix, out: Tensor) -> Tenso
     reads."""
     static, inner = static_scales(down), _empty(x, down.shape[1])
     if static is None:
-        _multiply("gated_mlp", x, gate_up, inner, paired=True)
-        return _multiply("gated_mlp", inner, down, out)
+        multiply("gated_mlp", x, gate_up, inner, paired=True)
+        return multiply("gated_mlp", inner, down, out)
     rows = empty_rows(x, *inner.shape)
-    _multiply("gated_mlp", x, gate_up, rows.codes, paired=True, static=static, out_scales=rows.scales)
-    return _multiply("gated_mlp", rows, down, out)
+    multiply("gated_mlp", x, gate_up, rows.codes, paired=True, static=static, out_scales=rows.scales)
+    return multiply("gated_mlp", rows, down, out)
 
 
 def _empty(x: Rows, width: int) -> Tensor:
@@ -179,15 +179,15 @@ def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
     """See ops/attention.py."""
     heads, rank, nope = w_uk_t.shape
     rope = q.shape[2] - nope
-    return _multiply("mla_absorb", q, w_uk_t, q.new_empty(q.shape[0], heads, rank + rope), copied=rope)
+    return multiply("mla_absorb", q, w_uk_t, q.new_empty(q.shape[0], heads, rank + rope), copied=rope)
 
 
 def mla_unabsorb(latents: Tensor, w_uv: Matrix) -> Tensor:
     """See ops/attention.py."""
-    return _multiply("mla_unabsorb", latents, w_uv, latents.new_empty(latents.shape[0], *w_uv.shape[:2]))
+    return multiply("mla_unabsorb", latents, w_uv, latents.new_empty(latents.shape[0], *w_uv.shape[:2]))
 
 
-def _multiply(
+def multiply(
     operation: str,
     x: Rows,
     matrix: Matrix,
@@ -198,8 +198,9 @@ def _multiply(
     out_scales: Tensor | None = None,
     terms: bool = False,
 ) -> Any:
-    """out = x @ matrix^T. static, out_scales: for e4m3 out, the scale to quantise by, and the rows' scales. terms:
-    parts of k that are apart are given as they are, and out is not written."""
+    """out = x @ matrix^T; paired: silu(gate) * up, of gate above up. static, out_scales: for e4m3 out, the scale to
+    quantise by, and the rows' scales. terms: parts of k that are apart are given as they are, and out is not
+    written."""
     weights = Weights.of(operation, matrix)
     tokens = x.shape[0]
     if isinstance(x, Tensor) and takes_fp8(matrix):
@@ -229,7 +230,7 @@ def _multiply(
     if cut.apart and terms:
         return Terms(target, None, out.dtype)
     if cut.apart:
-        configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
+        configuration = sum_parts_configuration(POINTER[out.dtype], weights.rows, cut.count)
         sums = (tokens, divide_up(weights.rows, SUM_BLOCK))
         launch(configuration, sums, parts_ptr=target, out_ptr=out, tokens=tokens)
     return out
@@ -283,7 +284,7 @@ def linear_configuration(
 
 
 @kept
-def sum_configuration(pointer: str, outputs: int, count: int) -> Configuration:
+def sum_parts_configuration(pointer: str, outputs: int, count: int) -> Configuration:
     """pointer: to the result, such as "*bf16"."""
     types = {"parts_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
     return Configuration(_sum_parts, types, {"N": outputs, "PARTS": count, "BLOCK": SUM_BLOCK})

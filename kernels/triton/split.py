@@ -355,6 +355,7 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     return Plan(items, firsts, row_segments, rounds)
 
 
+@derived
 def most_items(queries: PagedQueries, shape: Shape) -> int:
     """Largest number of items of a step, by the lists or by total_context."""
     lengths = zip(queries.query_lengths, queries.contexts, strict=True)

@@ -63,6 +63,18 @@ def widened(tile, dtype: tl.constexpr, FOLDED: tl.constexpr):
     return found
 
 
+@kernel
+def even(pair):
+    """bf16 number in the low half of a register of two, which lies at the lower column."""
+    return pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@kernel
+def odd(pair):
+    """bf16 number in the high half."""
+    return (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
 def folded(pointer: str, pages: str) -> bool:
     """Whether tiles of these pages are 2^-120 times their values beside queries of this type; both as "*bf16"."""
     return (pointer, pages) == ("*bf16", "*fp8e4nv")

@@ -8,7 +8,7 @@ before it lists what it will launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,46 +23,63 @@ from cierzo.kernels.triton.heuristics import Tile
 from cierzo.kernels.triton.launch import POINTER
 from cierzo.kernels.triton.product import Weights
 
-TOKENS, OUTPUTS, COLUMNS = 128, 128, 1024
+TOKENS, ROWS, COLUMNS = 128, 256, 1024  # rows of weights: half of them are the gate where it is paired with up
+BLOCK = (128, 128)  # of an FP8 scale, as in published checkpoints
 
 
-def tiles(x: Tensor, matrix: Matrix) -> list[Tile]:
+def tiles(x: Tensor, matrix: Matrix, paired: bool = False) -> list[Tile]:
     """Tiles that a product of 16-bit rows with a matrix may have, whatever their number."""
     weights, activations = Weights.of("widths", matrix), POINTER[E4M3 if takes_fp8(matrix) else x.dtype]
-    sizes = heuristics.sizes(weights, activations, paired=False)
-    few = (heuristics.spread(one, weights, matrix.shape[-2], 0, 1) for one in sizes)  # as if programs were few
-    return list(dict.fromkeys([*sizes, *few]))
+    sizes = heuristics.sizes(weights, activations, paired)
+    few = [heuristics.spread(one, weights, matrix.shape[-2], 0, 1) for one in sizes]  # as if programs were few
+    many = heuristics.APART_TOKENS + 1  # parts of k in one program, whose tile has registers for two sums
+    parts = [] if paired else [heuristics.narrow(weights, one, many)[0] for one in sizes[-1:]]
+    return list(dict.fromkeys([*sizes, *few, *parts]))
 
 
-def compare(x: Tensor, matrix: Matrix) -> dict[str, bool]:
-    """For each of these tiles, whether all bits of x @ matrix^T, fp32, are those that the first one gives."""
-    found: dict[str, bool] = {}
-    first = None
-    for one in tiles(x, matrix):
-        with heuristics.forced(one):
-            bits = linear.lm_head(x, matrix).view(torch.int32)
-        first = bits if first is None else first
-        found[f"{one.block_t} tokens, steps of {one.block_k}"] = torch.equal(bits, first)
+def multiply(x: Tensor, matrix: Matrix, chosen: Tile, paired: bool = False) -> Tensor:
+    """x @ matrix^T, or the product of gate and up, in a tile: fp32, so that no rounding hides a bit."""
+    outputs = matrix.shape[-2] // (2 if paired else 1)
+    with heuristics.forced(chosen):
+        out = x.new_empty(len(x), outputs, dtype=torch.float32)
+        found: Tensor = linear.multiply("widths", x, matrix, out, paired)
     return found
 
 
-def settle(formats: Iterable[str], activations: str, device: torch.device) -> None:
-    """Set heuristics.WIDTH_KEEPS_BITS by products on a card, with weights in these formats and activations in
-    theirs.
+def compare(x: Tensor, matrix: Matrix, paired: bool = False) -> dict[str, bool]:
+    """For each of these tiles, whether all bits of the product are those that the first one gives."""
+    found: dict[str, bool] = {}
+    first = None
+    for one in tiles(x, matrix, paired):
+        bits = multiply(x, matrix, one, paired).view(torch.int32)
+        first = bits if first is None else first
+        size = f"{one.block_t} tokens, {one.block_n} outputs, steps of {one.block_k}, {one.num_warps} warps"
+        found[size] = torch.equal(bits, first)
+    return found
+
+
+def settle(formats: Iterable[tuple[str, str]], device: torch.device) -> None:
+    """Set heuristics.WIDTH_KEEPS_BITS by products on a card, with these formats of weights and of the activations
+    that they meet.
 
     Raises DeviceFault.
     """
     random = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, COLUMNS, generator=random).bfloat16().to(device)
-    weights = torch.randn(OUTPUTS, COLUMNS, generator=random).bfloat16().to(device)
+    weights = torch.randn(ROWS, COLUMNS, generator=random).bfloat16().to(device)
     heuristics.WIDTH_KEEPS_BITS = all(
-        all(compare(x, _matrix(weights, format, activations)).values()) for format in dict.fromkeys(formats)
+        all(compare(x, matrix, paired).values())
+        for format, activations in dict.fromkeys(formats)
+        for matrix in matrices(weights, format, activations)
+        for paired in (False, True)
     )
 
 
-def _matrix(weights: Tensor, format: str, activations: str) -> Matrix:
-    """Weights in a format, as a model's are."""
+def matrices(weights: Tensor, format: str, activations: str) -> Iterator[Matrix]:
+    """Weights in a format, as a model's are; of FP8 with a scale for each row, and with one for each block."""
     if format not in DEVICE_FORMATS:
-        return weights
-    matrix = quantise(weights, format)
-    return in_fp8(matrix) if activations in NUMBER_FORMATS[format].activations else fp8.weave(matrix)
+        yield weights
+        return
+    for block in (None, BLOCK) if format == "fp8" else (None,):
+        matrix = quantise(weights, format, block=block)
+        yield in_fp8(matrix) if activations in NUMBER_FORMATS[format].activations else fp8.weave(matrix)

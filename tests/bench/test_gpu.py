@@ -29,6 +29,7 @@ from cierzo.kernels.config import KernelsConfig
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
 from cierzo.kernels.triton import heuristics
+from cierzo.kernels.triton.launch import Configuration, launch
 from cierzo.scheduler.config import SchedulerConfig
 
 CPU = torch.device("cpu")
@@ -189,18 +190,18 @@ def test_the_width_of_a_tile_is_seen_in_the_bits(monkeypatch: pytest.MonkeyPatch
     found = widths.compare("nvfp4", TINY4, CPU)
     assert len(found["ways"]) == len(widths.configurations("nvfp4", TINY4)) >= 4
     assert found["all"] is True
-    right = linear.lm_head
-    monkeypatch.setattr(linear, "lm_head", lambda *given: right(*given) * (1.0 if forced_tokens() < 64 else 1.01))
+
+    def wrong(configuration: Configuration, grid: tuple[int, ...], **arguments: Any) -> None:
+        launch(configuration, grid, **arguments)
+        if configuration.constants["BLOCK_T"] >= 64:
+            arguments["out_ptr"].mul_(1.01)
+
+    monkeypatch.setattr(linear, "launch", wrong)
     found = widths.compare("nvfp4", TINY4, CPU)
     assert found["all"] is False
     assert [name for name, equal in found["ways"].items() if not equal] == [
         name for name in found["ways"] if name.startswith(("64", "128"))
     ]
-
-
-def forced_tokens() -> int:
-    assert heuristics._forced is not None
-    return heuristics._forced.block_t
 
 
 @pytest.mark.parametrize("operation", BASELINES)

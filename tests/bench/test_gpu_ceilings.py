@@ -218,7 +218,7 @@ def test_a_report_is_written_unless_a_count_rose(
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
     ceilings.write(compiled.triton.__version__, {NAME: line_of()})
     turn = TURN | {"IADD3": TURN["IADD3"] + more}
-    found = Compiled(200, 0, 1000, Loop(turn, {}), True)
+    found = Compiled(200, 0, 1000, Loop(turn, {}), True, waits=True)
     monkeypatch.setattr(compiled, "compile_all", lambda: [(NAME, CONFIGURATION, found, "")])
     assert compiled.main(options) == status
     told = capsys.readouterr().out
@@ -233,11 +233,12 @@ def test_a_fault_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Not even on demand: spills and unknown flushes are no counts that one accepts."""
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
     for fault in (
-        Compiled(255, 8, 0, Loop(TURN, {})),
-        Compiled(9, 0, 0, Loop(TURN, {"STL": 1})),
+        Compiled(255, 8, 0, Loop(TURN, {}), waits=True),
+        Compiled(9, 0, 0, Loop(TURN, {"STL": 1}), waits=True),
+        Compiled(9, 0, 0, Loop(TURN, {}), waits=False),
     ):
         monkeypatch.setattr(compiled, "compile_all", lambda fault=fault: [(NAME, CONFIGURATION, fault, "")])
         assert compiled.main(["--accept"]) == 1
     assert list(tmp_path.iterdir()) == []
-    flushing = Compiled(9, 0, 0, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2})
+    flushing = Compiled(9, 0, 0, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2}, waits=True)
     assert compiled.faults(CONFIGURATION, flushing) == ["flushes subnormals: FADD.FTZ"]

@@ -54,9 +54,8 @@ class CupyBackend:
         self._nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
         self._modules: dict[tuple[str, int], Any] = {}
         self._functions: dict[tuple[str, int], Any] = {}
-        self._places: dict[
-            tuple[int, int], tuple[Any, Any]
-        ] = {}  # CuPy's objects for a device and one of its streams
+        # CuPy's objects for a device and one of its streams
+        self._places: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def run(
         self,

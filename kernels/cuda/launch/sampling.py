@@ -29,9 +29,8 @@ _TOKENS_MASKED = 16  # of a row by each thread
 _DRAW_THREADS = 512  # at most: a block's 8 values a thread are then a piece of 4096, whose sums fit in 32 bits
 _DRAW_VALUES = 8  # of a row by each thread
 _CUT_THREADS = 128  # for what a list has, a few hundred as a rule
-_FEW_VALUES = (
-    1 << 20
-)  # of all rows: up to so many, smaller pieces occupy a card better; device_memory.py counts them
+# Of all rows: up to so many, smaller pieces occupy a card better. device_memory.py counts them.
+_FEW_VALUES = 1 << 20
 _ROW_WORDS, _PIECE_WORDS = 5218, 3  # of 8 bytes: draw.cu's memory between launches, of a row and of a piece
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cierzo.kernels.formats import e2m1, four_bit, mxfp4, nvfp4
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, dequantise, quantise, stack
 from cierzo.kernels.triton import four_bit as kernels
-from cierzo.kernels.triton import heuristics, linear, widths
+from cierzo.kernels.triton import heuristics, linear
 from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
 from cierzo.kernels.triton.product import Weights
 
@@ -30,7 +30,7 @@ def _widen(codes_ptr, scales_ptr, out_ptr, FORMAT: tl.constexpr, N: tl.constexpr
     rows = tl.arange(0, N)[:, None]
     codes = tl.load(codes_ptr + rows * (K // 8) + tl.arange(0, K // 8)[None, :])
     scales = tl.load(scales_ptr + rows * (K // 32) + tl.arange(0, K // 32)[None, :])
-    weights = kernels.widened(codes.to(tl.uint32, bitcast=True), scales, FORMAT, N, K)
+    weights = kernels.weights_in_order(codes.to(tl.uint32, bitcast=True), scales, FORMAT, N, K)
     tl.store(out_ptr + rows * K + kernels.columns_in_order(K)[None, :], weights)
 
 
@@ -185,28 +185,6 @@ def test_experts_so_few_that_the_card_would_idle_have_narrow_deep_tiles() -> Non
     odd = Weights.stored("nvfp4", 4096, 4096 + 128)
     assert heuristics.spread(chosen, odd, 2048, 5, 132) == chosen
     assert heuristics.spread(chosen, Weights.stored("fp8", 4096, 4096), 2048, 5, 132) == chosen
-
-
-def test_a_card_whose_widths_differ_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
-    monkeypatch.setattr(widths, "TOKENS", 17)
-    monkeypatch.setattr(widths, "COLUMNS", 256)
-    monkeypatch.setattr(widths, "OUTPUTS", 8)
-    weights = Weights.stored("nvfp4", 4096, 4096)
-    widths.settle(["nvfp4", "fp8"], "bf16", torch.device("cpu"))
-    assert heuristics.WIDTH_KEEPS_BITS
-    right = linear.lm_head
-
-    def wrong(x: Tensor, matrix: DeviceMatrix) -> Tensor:
-        assert heuristics._forced is not None
-        return right(x, matrix) * (1 + 2**-23 if heuristics._forced.block_t == 128 else 1)
-
-    monkeypatch.setattr(linear, "lm_head", wrong)
-    widths.settle(["nvfp4", "fp8"], "bf16", torch.device("cpu"))
-    assert not heuristics.WIDTH_KEEPS_BITS
-    chosen = {heuristics.tile(weights, "*bf16", True, tokens) for tokens in (1, 20, 100, 1000)}
-    assert chosen == {heuristics.TILES["nvfp4", True]}
-    assert heuristics.spread(*chosen, weights, 2048, 5, 132) in chosen
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -120,6 +120,25 @@ def test_programs_walk_where_they_fill_a_card() -> None:
             assert split.walked(queries, shape).cut == Splits(256, 16, 1024, joined=(8, 4))
 
 
+@pytest.mark.parametrize("context", [64, 131_072])
+def test_the_host_counts_items_once_a_step(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop over all sequences, for the first layer; the others find the number with the queries they share."""
+    counts, counted = Shape.splits, list[int]()
+
+    def noted(shape: Shape, length: int, context: int) -> int:
+        counted.append(context)
+        return counts(shape, length, context)
+
+    monkeypatch.setattr(Shape, "splits", noted)
+    queries, sums = _queries(3, context), []
+    for _layer in range(4):
+        shape = Shape(kv_heads=1, group=32, width=256, cut=Splits(2048, 2, 4096, walked=(8, 4)))
+        split.plan(queries, split.walked(queries, shape), 3)
+        sums.append(len(counted))
+    assert sums[0] >= 3
+    assert sums == sums[:1] * 4
+
+
 def _queries(sequences: int, context: int) -> split.PagedQueries:
     table = torch.zeros(1, 1, dtype=torch.int32)
     return split.PagedQueries.of([1] * sequences, [context] * sequences, [0] * sequences, table)

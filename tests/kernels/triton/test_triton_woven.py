@@ -15,7 +15,7 @@ from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, dequantise, in_fp8, quantise, stack
 from cierzo.kernels.ref import linear as ref
 from cierzo.kernels.triton import heuristics, linear
-from cierzo.kernels.triton.eight_bit import widened
+from cierzo.kernels.triton.eight_bit import woven_values
 from cierzo.kernels.triton.heuristics import SIZED, Tile
 from cierzo.kernels.triton.launch import Configuration, kernel, launch
 from cierzo.kernels.triton.product import Weights
@@ -28,7 +28,7 @@ BF16 = torch.bfloat16
 @kernel
 def _widen(words_ptr, out_ptr):
     words = tl.load(words_ptr + tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :])
-    found = widened(words.to(tl.uint32, bitcast=True), 4, 64).to(tl.float32)
+    found = woven_values(words.to(tl.uint32, bitcast=True), 4, 64).to(tl.float32)
     tl.store(out_ptr + tl.arange(0, 4)[:, None] * 64 + tl.arange(0, 64)[None, :], found)
 
 

@@ -57,7 +57,7 @@ class Activity:
 def serve_core(socket: str, report: str) -> int:
     """The core process."""
     device.require = lambda: None  # CUDA C++ runs on fibers, without CuPy
-    widths.TOKENS, widths.OUTPUTS, widths.COLUMNS = 16, 64, 256
+    widths.TOKENS, widths.ROWS, widths.COLUMNS = 16, 64, 256
     found: dict[str, dict[str, int]] = {}
     with on_card() as machine, torch_cuda(machine.card), running_on(Backend(machine.card.stream)):
         activity, make_runner = Activity(machine), core.make_runner
