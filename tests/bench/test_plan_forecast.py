@@ -218,7 +218,7 @@ def test_what_limits() -> None:
     config = _config("small4", "h200", NVFP4)
     assert forecast(config, parse_workload("16/200@8"), device=stated("h200")).limit == "memory"
     assert forecast(config, parse_workload("30000/1@8"), device=stated("h200")).limit == "arithmetic"
-    assert forecast(config, parse_workload("16/200@8")).roof.startswith("issue of expert_mlp nvfp4, ")
+    assert forecast(config, parse_workload("16/200@8")).roof.startswith("issue of expert_terms nvfp4, ")
     few = _config("small4", "h200", NVFP4 | {"max_running": 4})
     found = forecast(few, parse_workload("100/50@12"))
     assert (found.max_running_reached, found.kv_room_reached, found.most_running) == (True, False, 4)
