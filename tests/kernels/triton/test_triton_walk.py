@@ -44,10 +44,9 @@ def test_parts_lie_where_they_do_for_both() -> None:
     assert [shape.cut.apart().count(context) for context in (1, 64, 65, 512, 513, 1100)] == [1, 1, 2, 8, 9, 13]
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8 pages"])
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8 pages"])
 def test_a_row_has_the_same_bits_whoever_computes_its_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    sequences = [random_sequence(FORM, dtype, LENGTH, seed) for seed in (1, 2)]
+    sequences = [random_sequence(FORM, torch.bfloat16, LENGTH, seed) for seed in (1, 2)]
     ends = [1, 64, 65, 128, 255, 256, 257, 320, 512, 513, 641, 768, 769, 1024, LENGTH]
     segments = [(i % 2, max(0, end - 1 - i % 4), end) for i, end in enumerate(ends)]
     batch = partial(make_batch, FORM, sequences, segments, fp8=kind == "fp8 pages")
@@ -60,7 +59,7 @@ def test_a_row_has_the_same_bits_whoever_computes_its_parts(kind: str, monkeypat
 def test_rows_of_a_tile_that_end_in_different_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """21 tokens of a tile, of which some see a part that others do not; the last part may have no row at all."""
     sequences = [random_sequence(FORM, torch.float32, 600, 3)]
-    batch = partial(make_batch, FORM, sequences, [(0, 300, 330), (0, 50, 70), (0, 250, 262), (0, 505, 600)])
+    batch = partial(make_batch, FORM, sequences, [(0, 300, 330), (0, 50, 70), (0, 250, 262), (0, 505, 530)])
     walking, apart = both(batch(), batch(), monkeypatch)
     assert torch.equal(walking, apart)
 

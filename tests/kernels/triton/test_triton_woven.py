@@ -105,8 +105,7 @@ def launched_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]
     return found
 
 
-@pytest.mark.parametrize("block", [None, (128, 128), (70, 256)])
-@pytest.mark.parametrize("outputs", [70, 200])
+@pytest.mark.parametrize(("outputs", "block"), [(70, None), (70, (128, 128)), (200, (70, 256))])
 def test_tiles_of_every_size_give_a_row_the_same_bits(
     outputs: int, block: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
