@@ -80,6 +80,6 @@ def matrices(weights: Tensor, format: str, activations: str) -> Iterator[Matrix]
     if format not in DEVICE_FORMATS:
         yield weights
         return
-    for block in (None, BLOCK) if format == "fp8" else (None,):
-        matrix = quantise(weights, format, block=block)
+    by_row = quantise(weights, format)
+    for matrix in (by_row, quantise(weights, format, block=BLOCK)) if by_row.codes.dtype == E4M3 else (by_row,):
         yield in_fp8(matrix) if activations in NUMBER_FORMATS[format].activations else fp8.weave(matrix)
