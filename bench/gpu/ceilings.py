@@ -80,7 +80,7 @@ def units(configuration: Configuration, turn: Loop) -> tuple[str, int]:
 
 def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
     """The line of a Compiled in the report; `units` is how many `unit` one turn of the loop of a program does, and
-    "turn" and "outside" are of one warp."""
+    "turn", "outside" and "around" (which loops around the main one run again) are of one warp."""
     turn = compiled.turn
     name, number = units(configuration, turn)
     return {
@@ -104,6 +104,7 @@ def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
             "loads": turn.widths(),
         },
         "outside": classes(turn.outside),
+        "around": classes(turn.around),
     }
 
 

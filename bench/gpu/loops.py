@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 # Class of an instruction -> its opcodes without modifiers, or with the first one. Conversions of one value (F2F)
@@ -101,7 +101,8 @@ class Loop:
 
     A wait's name holds how many groups may stay under way: "WARPGROUP.DEPBAR.LE 0" lets none. depth: loops around
     it. skipped: instructions that a branch within the loop may pass over. place: (which, of how many) of the
-    function's loops, by their first instructions, from 1 on.
+    function's loops, by their first instructions, from 1 on. around: of main loops, instructions of a turn of the
+    loops around it that are in no loop within these; they are `outside`, too.
     """
 
     instructions: dict[str, int]
@@ -109,6 +110,7 @@ class Loop:
     depth: int = 0
     skipped: int = 0
     place: tuple[int, int] = (1, 1)
+    around: dict[str, int] = field(default_factory=dict)
 
     @property
     def issued(self) -> int:
@@ -171,7 +173,9 @@ def main_loop(code: str, tile: int = 1) -> Loop | None:
     multiplying = [one for one in found if _products(one[1])]
     fitting = [one for one in multiplying if one[0].products % tile == 0] or multiplying
     inmost = [one for one in fitting if not any(other[2] < one[2] for other in fitting)]
-    return max(inmost, key=lambda one: _products(one[1]), default=(None,))[0]
+    main, _, body = max(inmost, key=lambda one: _products(one[1]), default=(None, None, set[int]()))
+    outer = [own for _, own, blocks in found if body < blocks]
+    return replace(main, around=dict(sum(outer, Counter[str]()))) if main else None
 
 
 def whole(code: str) -> Loop:

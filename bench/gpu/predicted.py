@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from math import ceil, prod
@@ -85,12 +85,13 @@ DRAW_PASSES = ("highest", "bins", "collect", "pieces")
 class Part:
     """Work of a launch, or of a stage of one: how far the main loop of each program goes, in its unit (ceilings.py:
     weights, tokens, turns; of the router multiplications), programs that work (None: all), and bytes that it moves
-    (None: those of its tensors). before: the stage before it."""
+    (None: those of its tensors). before: the stage before it. rounds: turns of the loops around the main one."""
 
     units: float = 0.0
     programs: float | None = None
     num_bytes: float | None = None
     before: Part | None = None
+    rounds: float = 1.0
 
     @property
     def stages(self) -> list[Part]:
@@ -166,11 +167,20 @@ def _stages(call: Call, seen: Launch) -> Part:
 
 
 def _attend(call: Call, seen: Launch) -> Part:
-    """Decoding: an item's tile of rows meets its split of the context, and leaves partial sums, not results."""
+    """Decoding: an item's tile of rows meets its split of the context, and leaves partial sums, not results. A
+    program that walks over parts of a split adds each up, in the loop around; what it adds up stays in L2."""
     rows, pairs, _ = call.size.queries()
     heads, value = call.model.heads, call.model.rank or call.model.head_dim
     moved = float(call.work.num_bytes) + heads * (seen.grid[0] * (value + 2) * 4 - rows * value * 2)
-    return Part(pairs / seen.grid[0], num_bytes=moved)
+    return Part(pairs / seen.grid[0], num_bytes=moved, rounds=_rounds(call, seen))
+
+
+def _rounds(call: Call, seen: Launch) -> int:
+    """Parts of a split that a program walks over."""
+    c, context = seen.kernel.constants, call.size.context
+    size = c["LONG"] if context > c["SHORT"] * c["SHORTS"] else c["SHORT"]
+    parts = c.get("LONG_PARTS" if context > c["SHORT"] * c["SHORTS"] else "SHORT_PARTS", 1)
+    return ceil(min(context, size) * parts / size)
 
 
 def _splits(call: Call, seen: Launch) -> float:
@@ -273,10 +283,12 @@ def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A kernel as the compiler made it, and units that a turn of a program's main loop does; 0 without a loop."""
+    """A kernel as the compiler made it, and units that a turn of a program's main loop does; 0 without a loop.
+    around: what a turn of the loops around the main one does beside it."""
 
     code: Code
     units: int = 0
+    around: Counts = field(default_factory=Counts)
 
 
 def made_of(seen: Launch, lines: Lines) -> Made:
@@ -293,7 +305,7 @@ def _of_line(line: Mapping[str, Any]) -> Made:
     if not line["loops"]:  # the turn is all there is
         of_turn, outside = Counts(), of_turn
     code = Code(turn=of_turn, outside=outside, **{name: line[name] for name in CODE})
-    return Made(code, line["units"] if line["loops"] else 0)
+    return Made(code, line["units"] if line["loops"] else 0, counts(line["around"], {}))
 
 
 @cache
@@ -338,13 +350,14 @@ def to_price(call: Call, seen: Launch, lines: Lines) -> list[roofs.Launch]:
     part = PARTS[name](call, seen) if name in PARTS else Part(num_bytes=float(call.work.num_bytes))
     found: list[roofs.Launch] = []
     stages = part.stages
-    code = replace(made.code, outside=made.code.outside.divided(len(stages)))
+    code = replace(made.code, outside=made.code.outside.times(1 / len(stages)))
     for stage in stages:
         working = programs if stage.programs is None else min(programs, round(stage.programs))
         turns = stage.units / made.units if made.units else 0.0
         num_bytes = sum(seen.num_bytes.values()) if stage.num_bytes is None else stage.num_bytes
         idle = programs - working if len(stages) == 1 else 0
-        priced = roofs.Launch(code=code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
+        run = replace(code, outside=code.outside.plus(made.around.times(stage.rounds - 1)))
+        priced = roofs.Launch(code=run, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
         found.append(replace(priced, follows=bool(found)))
     return found
 

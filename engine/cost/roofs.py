@@ -73,10 +73,19 @@ class Counts:
     conversions: float = 0.0
     mma_clocks: float = 0.0
 
-    def divided(self, number: int) -> Counts:
-        """Divide by a number of equal parts."""
+    def times(self, number: float) -> Counts:
+        """Count so often."""
         every = self.issued, self.integers, self.conversions, self.mma_clocks
-        return Counts(*(count / number for count in every))
+        return Counts(*(count * number for count in every))
+
+    def plus(self, other: Counts) -> Counts:
+        """Add other counts."""
+        return Counts(
+            self.issued + other.issued,
+            self.integers + other.integers,
+            self.conversions + other.conversions,
+            self.mma_clocks + other.mma_clocks,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -122,7 +123,8 @@ def test_the_loop_that_multiplies_is_the_main_one_however_deep_it_lies() -> None
     outer, inner = loops.loops(code_of(NESTED))
     assert (outer.depth, outer.issued) == (0, 6)
     assert (inner.depth, inner.issued) == (1, 2)
-    assert found_in(NESTED) == inner
+    main = found_in(NESTED)
+    assert (main, sum(main.around.values())) == (replace(inner, around=main.around), 6 - 2)
     # and where the inner one only counts down, the outer one, with one turn of the other
     moved = NESTED.replace("HMMA.16816.F32.BF16 R24, R8, R10, R24", "IADD3 R1, R1, R1, RZ").replace(
         "FADD R1, R2, R3", "HMMA.16816.F32.BF16 R24, R8, R10, R24"
@@ -164,6 +166,8 @@ def test_a_loop_around_the_one_that_multiplies_is_not_the_main_one_for_what_was_
     """Parts of k: each has a loop, whose last turn the compiler put behind it, within the loop over parts."""
     parts = ".L_x_9:\n    MOV R1, R2 ;\n" + FUSED + "    @P3 BRA `(.L_x_9) ;\n"
     assert (found_in(parts).place, found_in(parts).depth) == ((3, 4), 1)
+    assert found_in(parts).around["MOV"] == found_in(parts).around["MUFU.RSQ"] == 1
+    assert found_in(FUSED).around == {}
     more = parts.replace(
         "    MUFU.RSQ", "    HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR12], R24, gsb0 ;\n    MUFU.RSQ"
     )

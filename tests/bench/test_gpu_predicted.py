@@ -91,6 +91,7 @@ def test_the_price_of_experts_is_that_of_their_tiles() -> None:
         "units": 2 * 32 * 256,
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
+        "around": {},
     }
     (found,) = predicted.to_price(call, up, {digest(up.kernel): line})
     turn = Counts(issued=826, integers=300, conversions=10, mma_clocks=16 * 16 / 4)
@@ -114,7 +115,7 @@ def test_the_price_of_a_launch_of_stages_is_that_of_each_but_one_node() -> None:
     assert seen.grid == (2 + products + 2 * 2,)
     turn = {"classes": {"FP32": 90, "MMA": 10}, "mma": {}}
     line = {"warps": 4, "registers": 96, "shared_bytes": 40_000, "stages": 4, "loops": True, "turn": turn}
-    line |= {"units": c["BLOCK_N"] * c["BLOCK_K"], "outside": {"ALU": 300}}
+    line |= {"units": c["BLOCK_N"] * c["BLOCK_K"], "outside": {"ALU": 300}, "around": {}}
     norms, parts, sums = predicted.to_price(call, seen, {digest(seen.kernel): line})
     assert [one.programs for one in (norms, parts, sums)] == [2, products, 4]
     assert [one.follows for one in (norms, parts, sums)] == [False, True, True]
@@ -123,7 +124,7 @@ def test_the_price_of_a_launch_of_stages_is_that_of_each_but_one_node() -> None:
     written = c["PARTS"] * 2 * values * 4
     assert norms.num_bytes == 2 * 5 * row + 2 * 4 * 4 + 2 * 2 * row + row + 2 * row  # with shares and a weight
     assert parts.num_bytes == 2 * row + values * (4096 + 4) + written
-    entries, angles, tickets = 2 * 320 * 2, 2 * 2 * 32 * 4, 16
+    entries, angles, tickets = 2 * 320 * 2, 2 * 2 * 32 * 4, 12
     assert sums.num_bytes == written + (1024 + 256) * 2 + angles + entries + 2 * 8 + 2 * 1024 * 2 + tickets
     alone = sum(
         sum(roofs.seconds(DATA_SHEETS["h200"], replace(one, follows=False)).values())
@@ -132,6 +133,30 @@ def test_the_price_of_a_launch_of_stages_is_that_of_each_but_one_node() -> None:
     together = sum(sum(roofs.seconds(DATA_SHEETS["h200"], one).values()) for one in (norms, parts, sums))
     assert together == pytest.approx(alone - 2 * roofs.NODE_S)
     assert sum(one.code.outside.issued for one in (norms, parts, sums)) == pytest.approx(300)
+
+
+@pytest.mark.parametrize(("context", "rounds"), [(200, 1), (1000, 4), (4096, 8), (20_000, 4)])
+def test_a_program_that_walks_over_parts_runs_what_is_around_its_loop_for_each(context: int, rounds: int) -> None:
+    """Parts of 256 tokens, beyond 4,096 of 1,024; with few sequences each part has a program."""
+    for sequences, walked in ((128, rounds), (1, 1)):
+        size = Size(name="any", sequences=sequences, rows_each=1, context=context)
+        (call,) = predicted.as_called("mla_values", SMALL4, size, "fp8")
+        seen = next(
+            one for one in predicted.launches("mla_values", call.arguments) if one.kernel.name == "mla_attend"
+        )
+        line = {
+            "warps": 4,
+            "registers": 240,
+            "shared_bytes": 102_400,
+            "stages": 2,
+            "loops": True,
+            "units": 64,
+            "turn": {"classes": {"FP32": 800, "MMA": 24}, "mma": {}},
+            "outside": {"ALU": 3000},
+            "around": {"ALU": 1800},
+        }
+        (found,) = predicted.to_price(call, seen, {digest(seen.kernel): line})
+        assert found.code.outside.issued == 3000 + (walked - 1) * 1800
 
 
 def test_empty_rows_of_a_tile_cost_as_much_as_full_ones() -> None:
