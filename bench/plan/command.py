@@ -121,6 +121,7 @@ def _column(plan: DevicePlan) -> dict[str, str]:
         **settings,
         "fits": "yes",
         "weights, of memory, GB": f"{plan.weight_gb:,.1f} of {plan.memory_gb:,.0f}",
+        "vision tower, images, GB": f"{plan.tower_gb:,.2f}, {plan.image_gb:,.2f}" if plan.tower_gb else "none",
         "KV room": f"{plan.kv_gb:,.1f} GB, {plan.kv_tokens / 1e3:,.0f}k tok.",
         "load": plan.workload,
         "requests/s": f"{found.requests_per_s:,.2f}{kept}",

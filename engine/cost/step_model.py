@@ -14,7 +14,7 @@ from cierzo.engine.cost.device import Device, Number
 from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.roofs import IN_FLIGHT, LAUNCHES, MEMORY
 from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import Distinct, StepShape, step_work, work_beside
+from cierzo.engine.cost.work import Distinct, StepShape, step_work, tower_work, work_beside
 from cierzo.engine.errors import refusal
 
 if TYPE_CHECKING:
@@ -205,3 +205,8 @@ class StepModel:
         found.tokens = step.tokens
         found.distinct_experts = self._distinct(step.tokens) if self._distinct else 0.0
         return found
+
+    def image_s(self, embeddings: int) -> float:
+        """Price the vision tower's work on an image of so many embeddings."""
+        works = tower_work(self._model, self.formats, embeddings)
+        return float(sum(sum(price(self.device, work).roofs_s.values()) for work in works))

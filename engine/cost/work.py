@@ -134,6 +134,39 @@ def work_beside(model: ModelConfig, layout: CacheLayout, step: StepShape) -> lis
     ]
 
 
+def tower_work(model: ModelConfig, formats: NumberFormats, embeddings: int) -> list[Work]:
+    """The products of the vision tower for an image of so many embeddings, whose patches see each other. All are
+    priced as the text model's dense products of their size are: nobody has predicted the tower's own kernels."""
+    s, vision, plain = sizes_of(model, formats.plain), model.vision, formats.plain
+    assert vision is not None
+    merged, hidden, width = vision.merge**2, vision.hidden_size, vision.mlp_width
+    patches, layers = embeddings * merged, vision.num_layers
+    parts = [
+        (1, operations.linear(s, patches, 3 * vision.patch**2, hidden, plain)),
+        (layers, operations.linear(s, patches, hidden, 3 * hidden, plain)),
+        (layers, Work("linear", 4 * patches * hidden * s.value_bytes, 4 * patches**2 * hidden)),  # attention
+        (layers, operations.linear(s, patches, hidden, hidden, plain)),
+        (layers, operations.linear(s, patches, hidden, 2 * width, plain)),
+        (layers, operations.linear(s, patches, width, hidden, plain)),
+        (1, operations.linear(s, embeddings, merged * hidden, hidden, plain)),
+        (1, operations.linear(s, embeddings, hidden, s.hidden, plain)),
+        (1, operations.linear(s, embeddings, s.hidden, s.hidden, plain)),
+    ]
+    return [
+        replace(
+            work,
+            calls=calls,
+            num_bytes=calls * work.num_bytes,
+            operations=calls * work.operations,
+            replicated_bytes=calls * work.replicated_bytes,
+            rate=formats.rate(plain),
+            width=s.hidden,
+            format=formats.measured_as(plain if formats.on_gpu else formats.of("linear")),
+        )
+        for calls, work in parts
+    ]
+
+
 def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape) -> Iterator[tuple[Number, Work]]:
     """(rows, work) of one layer's attention: of generated rows, then of prompts."""
     entry_bytes = layout.bytes_per_token / layout.num_layers

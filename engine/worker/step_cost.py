@@ -47,7 +47,22 @@ def fitted_cost(config: EngineConfig, model: StepModel) -> StepCost:
     times = context_pairs(config.model)
     features = [np.ones_like(rows), rows > 0, sequences, context, rows, pairs + times * attended]
     base, prompt, sequence, decode_context, row, pair = _at_least_0(np.stack(features, 1) / seconds[:, None])
-    return StepCost(base, prompt, sequence, decode_context, row, pair, times)
+    embedding, embedding_pair = _image_prices(config, model)
+    text = base, prompt, sequence, decode_context, row, pair, times
+    return StepCost(*text, embedding_s=embedding, embedding_pair_s=embedding_pair)
+
+
+def _image_prices(config: EngineConfig, model: StepModel) -> tuple[float, float]:
+    """Those of an embedding and of a pair of them, nearest to the model's in relative terms over images of many
+    sizes."""
+    vision = config.model.vision
+    if vision is None:
+        return 0.0, 0.0
+    sides = np.linspace(1, vision.max_side_px // vision.unit_px, 12).astype(int)
+    embeddings = sides.astype(np.float64) ** 2
+    seconds = np.array([model.image_s(int(each)) for each in embeddings])
+    one, pair = _at_least_0(np.stack([embeddings, embeddings**2], 1) / seconds[:, None])
+    return one, pair
 
 
 def predicted_cost(config: EngineConfig) -> StepCost | None:
