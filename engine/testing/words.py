@@ -67,7 +67,7 @@ def marked_prompts(template: str = TEMPLATE) -> PromptEncoder:
 
 
 def seeing_prompts() -> PromptEncoder:
-    """The same of one that takes images, as VISION says."""
+    """Tokenizer, template and syntax of a model that takes images, as VISION says."""
     tokenizer = marked_tokenizer(IMAGE_WORDS)
     chat = TemplateChat(ChatTemplate(TEMPLATE.replace("{{ m.content }}", PARTS)), tokenizer)
     return PromptEncoder(

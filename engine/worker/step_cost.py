@@ -53,7 +53,7 @@ def fitted_cost(config: EngineConfig, model: StepModel) -> StepCost:
 
 
 def _image_prices(config: EngineConfig, model: StepModel) -> tuple[float, float]:
-    """Those of an embedding and of a pair of them, nearest to the model's in relative terms over images of many
+    """Prices of an embedding and of a pair of them, nearest to the model's in relative terms over images of many
     sizes."""
     vision = config.model.vision
     if vision is None:

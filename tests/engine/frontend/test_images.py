@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from contextlib import asynccontextmanager
 from hashlib import blake2b
@@ -145,6 +146,33 @@ def test_pixels_are_kept_until_the_request_ends_and_a_new_core_gets_them_again(r
             cores.go_on()
             assert isinstance(await peer.hear_until(Final), Final)
             assert house.frontend.heap.num_bytes < 10_000
+
+    run(body())
+
+
+@pytest.mark.parametrize("end", ["cancelled", "disconnected", "orphaned", "late"])
+def test_pixels_go_with_their_request_however_it_ends(run, seeing, peering, cores, end):
+    cores.free = False
+    features = [each for each in FEATURES if each != "resume" or end == "orphaned"]
+
+    async def body():
+        async with seeing(orphan_s=0.1) as (house, other):
+            heap = house.frontend.heap
+            async with peering(house, Hello(features=features)) as peer:
+                deadline_s = 0.2 if end == "late" else 60.0
+                peer.say(Generate(stream=3, messages=[TURN], images=FILES, sampling=ONE, deadline_s=deadline_s))
+                await cores.until(lambda: any(isinstance(each, Submit) for each in cores.now.heard))
+                assert heap.num_bytes > 100_000
+                if end == "cancelled":
+                    peer.say(Cancel(stream=3))
+                if end in ("cancelled", "late"):
+                    final = await peer.hear_until(Final)
+                    assert final.samples[0].finish_reason == ("deadline" if end == "late" else end)
+            while heap.num_bytes:
+                await asyncio.sleep(0.01)
+            cores.go_on()
+            other.say(Generate(stream=4, messages=[TURN], images=FILES, sampling=ONE))
+            assert isinstance(await other.hear_until(Final), Final)
 
     run(body())
 
