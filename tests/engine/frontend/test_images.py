@@ -247,8 +247,9 @@ REFUSED = {
     "long": ({"messages": IMAGE, "images": [bytes(1001)]}, "messages[0].content[1]", "1000 bytes", "1001"),
     "in disguise": (
         {"messages": seen(url=url(picture(9, 9, "BMP")))}, "messages[0].content[0]", "PNG, JPEG, WEBP, GIF", None),
-    "too many": ({"messages": TWO * 3, "images": FILES * 2}, "images", "4", "6"),
-    "too many tokens": ({"messages": TWO, "images": [picture(90, 90)] * 2}, "images", "30 tokens", "40"),
+    "too many": ({"messages": TWO * 3, "images": FILES * 2}, "messages[2].content[0]", "4", "6"),
+    "too many tokens": (
+        {"messages": TWO, "images": [picture(90, 90)] * 2}, "messages[0].content[2]", "30 tokens", "40"),
     "a file's url": ({"messages": seen(url="file:///etc/passwd")}, "messages[0].content[0].url", None, None),
     "a path": ({"messages": seen(url="/etc/passwd")}, "messages[0].content[0].url", None, "/etc/passwd"),
     "an address": ({"messages": seen(url="https://a.example/b.png")}, "messages[0].content[0].url", None, None),

@@ -40,7 +40,7 @@ def test_images_are_refused_as_by_any_server():
             ([picture(50, 41)], "messages[0].content[1]"),
             ([picture(1, 1)] * 2, "images[1]"),
             ([picture(1, 1)] * 3, "images"),
-            ([picture(400, 5)], "images"),
+            ([picture(400, 5)], "messages[0].content[1]"),
         ):
             with pytest.raises(InvalidRequest) as caught:
                 client.ask(messages=SEEN, images=images)

@@ -116,6 +116,25 @@ def test_what_is_wrong_is_told_by_the_name_in_the_body(case):
         )
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"), [({"max_images": 2}, "3 images"), ({"max_image_tokens": 20}, "tokens")]
+)
+def test_the_image_that_goes_beyond_a_limit_of_all_is_named(limits, said):
+    with seeing(**limits) as house:
+        chat = [{"type": "image_url", "image_url": {"url": url(OTHER)}} for _ in range(2)]
+        chat += [{"type": "image_url", "image_url": {"url": url(FILE)}}]
+        turns = [{"role": "user", "content": chat[:1]}, {"role": "user", "content": chat[1:]}]
+        items = [{"type": "input_image", "image_url": url(file)} for file in (OTHER, OTHER, FILE)]
+        for path, body, param in (
+            ("chat/completions", {"messages": turns}, "messages[1].content[1]"),
+            ("responses", {"input": [{"role": "user", "content": items}]}, "input[0].content[2]"),
+        ):
+            answer = house.post(f"/v1/{path}", body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, param)
+            assert said in error["message"]
+
+
 def test_a_model_of_text_refuses_them():
     with HttpHouse("Hi") as house:
         part = {"type": "input_image", "image_url": url(FILE)}
