@@ -28,7 +28,8 @@ MOST_CHANGES = 6
 WORKLOAD = (
     "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
     "tokens are the same in all; FILE.jsonl: a trace, each line a request: "
-    '{"arrival_s": 0.5, "input_tokens": 1152, "output_tokens": 64, "shared_tokens": 1024}, shared_tokens if any'
+    '{"arrival_s": 0.5, "input_tokens": 1152, "output_tokens": 64, "shared_tokens": 512, "image_tokens": [484]}, '
+    "the last two if any"
 )
 FIGURE_CLIENTS = [2**power for power in range(12)]
 FIGURE_INCHES = (4.5, 2.8)

@@ -30,7 +30,8 @@ class StepShape:
     """Rows that a step computes: prompt tokens in expanded form, generated tokens in absorbed form.
 
     pairs: of a query row and a key that it sees. context: tokens that attention reads, those of a sequence once.
-    sampled: rows whose logits are wanted.
+    sampled: rows whose logits are wanted. embeddings, embedding_pairs: of images that the step makes, their tokens,
+    and the squares of these.
     """
 
     expanded_tokens: Number = 0.0
@@ -40,6 +41,8 @@ class StepShape:
     absorbed_pairs: Number = 0.0
     absorbed_context: Number = 0.0
     sampled: Number = 0.0
+    embeddings: Number = 0.0
+    embedding_pairs: Number = 0.0
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[float, int]], *, generated: bool) -> StepShape:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -20,7 +21,6 @@ from cierzo.engine.cost.work import Distinct, StepShape
 from cierzo.engine.worker.batch import Batch, Segments
 from cierzo.engine.worker.fake import made_up_logprobs
 from cierzo.engine.worker.grammars import POLL_S, Constraint, follow_all
-from cierzo.engine.worker.step_cost import fitted_cost
 from cierzo.scheduler.plan import GrammarState, Scoring, StepPlan, StepResult, TokenLogprobs, packed_entry
 
 
@@ -57,7 +57,6 @@ class SimulatedRunner:
     def __init__(self, config: EngineConfig, clock: Clock, distinct: Distinct | None = None) -> None:
         assert config.card is not None
         self.model = StepModel(config, config.card, distinct)
-        self._image_cost = None if config.model.vision is None else fitted_cost(config, self.model)
         self.experts = None  # nothing is routed
         self.totals = StepTotals()
         self.token_ids = [0] * config.scheduler.max_running  # by slot: the one that its sequence always gets
@@ -80,11 +79,12 @@ class SimulatedRunner:
                 if seq.admission.constraint is not None:
                     self._constraints[seq.slot] = seq.admission.constraint
                     seq.admission.constraint.admit(seq.admission.output_token_ids)
-        step = self.model.time(shape_of(batch), float(len(plan.seqs)))
+        shape = shape_of(batch)
+        if (work := plan.work) is not None:
+            shape = replace(shape, embeddings=work.embeddings, embedding_pairs=work.embedding_pairs)
+        step = self.model.time(shape, float(len(plan.seqs)))
         self.totals.add(step)
         seconds = float(step.total_s)
-        if self._image_cost is not None and plan.work is not None:
-            seconds += self._image_cost.images_s(plan.work.embeddings, plan.work.embedding_pairs)
         self._busy_until_s = max(self._clock(), self._busy_until_s) + seconds
         self._launched.append((self._result(plan), self._busy_until_s))
 

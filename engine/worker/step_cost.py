@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.step_model import FloatArray, StepModel
+from cierzo.engine.cost.step_model import StepModel, at_least_0
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.model.config import MlaConfig, ModelConfig
 from cierzo.scheduler.cost import CostLearner, StepCost, StepWork
@@ -46,39 +46,15 @@ def fitted_cost(config: EngineConfig, model: StepModel) -> StepCost:
     seconds = model.time(step, sequences).total_s
     times = context_pairs(config.model)
     features = [np.ones_like(rows), rows > 0, sequences, context, rows, pairs + times * attended]
-    base, prompt, sequence, decode_context, row, pair = _at_least_0(np.stack(features, 1) / seconds[:, None])
-    embedding, embedding_pair = _image_prices(config, model)
+    base, prompt, sequence, decode_context, row, pair = at_least_0(np.stack(features, 1) / seconds[:, None])
+    embedding, embedding_pair = model.image_prices
     text = base, prompt, sequence, decode_context, row, pair, times
     return StepCost(*text, embedding_s=embedding, embedding_pair_s=embedding_pair)
-
-
-def _image_prices(config: EngineConfig, model: StepModel) -> tuple[float, float]:
-    """Prices of an embedding and of a pair of them, nearest to the model's in relative terms over images of many
-    sizes."""
-    vision = config.model.vision
-    if vision is None:
-        return 0.0, 0.0
-    sides = np.linspace(1, vision.max_side_px // vision.unit_px, 12).astype(int)
-    embeddings = sides.astype(np.float64) ** 2
-    seconds = np.array([model.image_s(int(each)) for each in embeddings])
-    one, pair = _at_least_0(np.stack([embeddings, embeddings**2], 1) / seconds[:, None])
-    return one, pair
 
 
 def predicted_cost(config: EngineConfig) -> StepCost | None:
     """The price on a device whose steps are predicted: the one that is simulated."""
     return None if config.card is None else fitted_cost(config, StepModel(config, config.card))
-
-
-def _at_least_0(features: FloatArray) -> list[float]:
-    """Coefficients of least squares for sums of 1, those that came out negative left out."""
-    used = np.ones(features.shape[1], bool)
-    while True:
-        found = np.zeros(features.shape[1])
-        found[used] = np.linalg.lstsq(features[:, used], np.ones(len(features)), rcond=None)[0]
-        if (found >= 0).all():
-            return [float(one) for one in found]
-        used &= found > 0
 
 
 class StepTimes:
