@@ -28,17 +28,23 @@ T = TypeVar("T")
 
 
 class TracedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """A line of a trace. The first `shared_tokens` of the `input_tokens` are the same in all requests."""
+    """A line of a trace. The first `shared_tokens` of the `input_tokens` are the same in all requests.
+    `image_tokens`: of each of the images that follow those, its tokens (28 x 28 pixels make one)."""
 
     arrival_s: Annotated[float, Meta(ge=0, le=1e9)]
     input_tokens: Count
     output_tokens: Count
     shared_tokens: Whole = 0
+    image_tokens: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError where nothing of the input is the request's own."""
+        """Raise ValueError where nothing of the input is the request's own, or less than its images."""
         if self.shared_tokens >= self.input_tokens:
             raise ValueError(f"shared_tokens {self.shared_tokens} must be below input_tokens {self.input_tokens}")
+        if (images := sum(self.image_tokens)) > (most := self.input_tokens - self.shared_tokens):
+            raise ValueError(
+                f"image_tokens have a sum of {images}, allowed: {most}, the request's own input_tokens"
+            )
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -30,7 +30,7 @@ from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.number_choice import PLACE, activations_format, head_format, listed, weights_format
 from cierzo.engine.profiles import Profile, ProfileName, choose
 from cierzo.engine.settings import require
-from cierzo.engine.weights.shapes import named_model_config
+from cierzo.engine.weights.vision_shapes import planned_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
 from cierzo.kernels.formats.number_formats import FormatName
@@ -348,7 +348,7 @@ def _require_running(options: EngineOptions, profile: Profile) -> None:
 
 def _model(options: EngineOptions, card: Device | None) -> tuple[Path, ModelConfig]:
     """The checkpoint's folder and what its config says; on a simulated card also a model by name alone."""
-    named = named_model_config(options.model)
+    named = planned_model_config(options.model, options.text_only)
     if named is not None and card is None and not os.path.isdir(options.model):
         why = "a model by its name alone runs on simulated GPUs"
         raise refusal("checkpoint", "the folder of a checkpoint", options.model, why)

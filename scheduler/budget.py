@@ -9,10 +9,10 @@ from collections.abc import Container, Iterable, Sequence
 from cierzo.scheduler import policy
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import LEAST_CHUNK, StepCost, StepWork
-from cierzo.scheduler.images import EmbeddingBook, Image, Lacking
+from cierzo.scheduler.images import EmbeddingBook, Image, MissingImage
 from cierzo.scheduler.plan import RequestKey, SeqPlan
 
-NOBODY = -1  # in the place of an index
+NO_SEQUENCE = -1  # in the place of an index
 
 
 class StepBudget:
@@ -81,7 +81,7 @@ class StepBudget:
         contended: bool,
         num_waiting: int,
         admitted: bool,
-        lacking: Sequence[Lacking] = (),
+        lacking: Sequence[MissingImage] = (),
     ) -> int:
         """Take a prompt's next chunk, from `start` on: its tokens, 0 where there is no time for it.
 
@@ -104,7 +104,7 @@ class StepBudget:
             if most < LEAST_CHUNK:
                 most = 0
             count = min(count, most)
-        made: list[Lacking] = []
+        made: list[MissingImage] = []
         self.begun = None
         for image in lacking:
             if image.first >= count:
@@ -128,8 +128,8 @@ class StepBudget:
 
     def _with_image(
         self,
-        image: Lacking,
-        made: list[Lacking],
+        image: MissingImage,
+        made: list[MissingImage],
         start: int,
         count: int,
         seconds: float,
@@ -163,13 +163,13 @@ class StepBudget:
         made.append(image)
         return count
 
-    def _begin(self, image: Lacking, stages: int) -> None:
+    def _begin(self, image: MissingImage, stages: int) -> None:
         """Take on some stages of an image that no row of the step needs."""
         if stages > 0:
             self.begun = image.image, stages
-            self._make(image, NOBODY, stages)
+            self._make(image, NO_SEQUENCE, stages)
 
-    def _make(self, image: Lacking, index: int, stages: int) -> None:
+    def _make(self, image: MissingImage, index: int, stages: int) -> None:
         """Take on stages of an image. index: in `seqs`, of the sequence that needs it."""
         share, embeddings = image.share * stages / image.stages, image.image.num_embeddings
         self._images.append((index, share * embeddings, share * embeddings**2))
@@ -182,7 +182,7 @@ class StepBudget:
 
     def withdraw(self, keys: Container[RequestKey]) -> None:
         """Take sequences out of the step again."""
-        kept, places = list[SeqPlan](), {NOBODY: NOBODY}
+        kept, places = list[SeqPlan](), {NO_SEQUENCE: NO_SEQUENCE}
         for index, seq in enumerate(self.seqs):
             if seq.key not in keys:
                 places[index] = len(kept)

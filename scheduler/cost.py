@@ -17,7 +17,7 @@ FIRST_ROWS = 64  # of the chunks of a step beside others, before any was measure
 SEEN_ENOUGH = 8  # steps before a price is told
 FORGET = 0.98  # what a learned step still counts for when the next one has been learned
 DECODE_STRIDE = 4  # of priced steps that only decode, which are much alike, one in so many is learned from
-LEARN_EVERY_S = 0.002  # of priced steps: learning takes 30 us, which is much of a step of a tenth of this
+LEARN_EVERY_S = 0.002  # of priced steps: learning takes about 43 us, which is much of a step of a tenth of this
 SWEEPS = 6
 FEATURES = 8  # of a step that its seconds are a sum over
 

@@ -55,7 +55,7 @@ class Image(ImageSpan, frozen=True, kw_only=True, gc=False):
         return row * self.columns + column
 
 
-class Lacking(NamedTuple):
+class MissingImage(NamedTuple):
     """An image whose embeddings a chunk needs and nobody has: rows of the chunk before the first that needs them,
     stages of the tower that are left, and the part of its work that these are."""
 
@@ -121,7 +121,7 @@ class EmbeddingBook:
             self._drop(key)  # nobody stands before it any more
         self._evict()
 
-    def lacking(self, request: Request, start: int, count: int) -> list[Lacking]:
+    def lacking(self, request: Request, start: int, count: int) -> list[MissingImage]:
         """Find the images that the next `count` tokens need and nobody has, in order."""
         if not request.new.images:
             return []
@@ -131,10 +131,10 @@ class EmbeddingBook:
             if left and image.key not in seen:
                 seen.add(image.key)
                 first = max(image.offset - start, 0)
-                found.append(Lacking(image, first, left, left / self._num_stages))
+                found.append(MissingImage(image, first, left, left / self._num_stages))
         return found
 
-    def has_room(self, made: Sequence[Lacking], more: Lacking) -> bool:
+    def has_room(self, made: Sequence[MissingImage], more: MissingImage) -> bool:
         """Whether, beside what the chunk has made already, one more image may be made in this step."""
         sizes = {key: self._kept[key] for key in self._step | self._pins.keys()}
         sizes |= {one.image.key: one.image.num_embeddings for one in made}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from cierzo.scheduler.cost import StepCost
-from cierzo.scheduler.images import Lacking
+from cierzo.scheduler.images import MissingImage
 from cierzo.scheduler.plan import entry_bytes
 from cierzo.scheduler.request import Request
 
@@ -65,7 +65,7 @@ def reserve_blocks(num_running: int) -> int:
     return num_running
 
 
-def is_hopeless(request: Request, cost: StepCost | None, now: float, lacking: Iterable[Lacking] = ()) -> bool:
+def is_hopeless(request: Request, cost: StepCost | None, now: float, lacking: Iterable[MissingImage] = ()) -> bool:
     """Whether a prompt is sure to miss its deadline: what is left of it would take more than HOPELESS times the
     seconds that are left, if it had the machine to itself. lacking: images that it needs made."""
     deadline_at_s = request.new.deadline_at_s

@@ -16,11 +16,12 @@ class RequestHeap:
     """Requests by an ascending (number, unique number); O(log n) for each operation, removal included.
 
     A removed request's entry stays in the heap as a dead one until it surfaces, or until dead entries outnumber
-    the living: memory follows the number of living ones.
+    the living: memory follows the number of living ones. It holds nothing but the request's key: a request may have
+    megabytes of images.
     """
 
     def __init__(self) -> None:
-        self._heap: list[HeapEntry] = []
+        self._heap: list[tuple[float, int, RequestKey]] = []
         self._live: dict[RequestKey, HeapEntry] = {}
 
     def __len__(self) -> int:
@@ -36,23 +37,25 @@ class RequestHeap:
     def push(self, request: Request, order: tuple[float, int]) -> None:
         """Add a request that is not in the heap."""
         assert request.key not in self._live, f"request {request.key} is queued twice"
-        entry = (*order, request)
-        self._live[request.key] = entry
-        heapq.heappush(self._heap, entry)
+        self._live[request.key] = (*order, request)
+        heapq.heappush(self._heap, (*order, request.key))
 
     def first(self) -> HeapEntry | None:
         """The least entry, or None."""
-        heap = self._heap
-        while heap and self._live.get(heap[0][2].key) is not heap[0]:
-            heapq.heappop(heap)
-        return heap[0] if heap else None
+        while self._heap:
+            number, unique, key = self._heap[0]
+            entry = self._live.get(key)
+            if entry is not None and entry[1] == unique and entry[0] == number:
+                return entry
+            heapq.heappop(self._heap)
+        return None
 
     def discard(self, request: Request) -> bool:
         """Remove a request if it is there; whether it was."""
         if self._live.pop(request.key, None) is None:
             return False
         if len(self._heap) > 2 * len(self._live) + COMPACT_ABOVE:
-            self._heap = list(self._live.values())
+            self._heap = [(number, unique, key) for key, (number, unique, _) in self._live.items()]
             heapq.heapify(self._heap)
         return True
 

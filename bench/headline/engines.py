@@ -175,7 +175,8 @@ def simulated_config(model: str, cell: Cell, subject: Subject, device: Device, f
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(device))
         name = str(path)
-    return resolved(engine_settings(model, f"simulated:{name}", subject, [cell]))
+    settings = engine_settings(model, f"simulated:{name}", subject, [cell])
+    return resolved(settings | {"text_only": True})  # all loads are of text
 
 
 def simulate(

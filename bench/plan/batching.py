@@ -15,6 +15,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import attrgetter
 
 import numpy as np
@@ -50,6 +51,8 @@ class Row:
     absorbed_pairs: float = 0.0
     absorbed_context: int = 0
     sampled: int = 0
+    embeddings: int = 0
+    embedding_pairs: int = 0
 
     def chunk(self, start: int, count: int, input_tokens: int, samples: bool) -> None:
         """Add a chunk: tokens `start` to `start + count` of a sequence whose prompt has `input_tokens`."""
@@ -94,6 +97,9 @@ class _Request:
     ends with. before: tokens of its prompt that were computed before this step. paused: the step of the last token
     before a preemption.
 
+    images: those that were not made yet, as (first token, tokens); each is made, once and whole, in the step that
+    computes its first token.
+
     blocks: held from its admission on. shared: blocks of the prefix that it shares. twins: blocks of that prefix
     that it computes although another request does too. kept: blocks that hold its tokens although it does not run,
     as a list of one number, which the queue of free blocks holds too.
@@ -104,6 +110,7 @@ class _Request:
     output_tokens: int
     shared: int
     known: int
+    images: list[tuple[int, int]]
     computed: int = 0
     decodes: bool = False
     offset: int = 0
@@ -240,7 +247,8 @@ class Batching:
         tokens = new.input_tokens
         shared = min(new.shared_tokens, tokens - 1) // self._block_tokens if self._caching else 0
         self.arrival[index] = step
-        self._waiting.append(_Request(index, tokens, new.output_tokens, shared, tokens))
+        images = [*zip(accumulate(new.image_tokens, initial=new.shared_tokens), new.image_tokens, strict=False)]
+        self._waiting.append(_Request(index, tokens, new.output_tokens, shared, tokens, images))
         self._arrived += 1
         self._blocked = False
         self.most_waiting = max(self.most_waiting, len(self._waiting))
@@ -348,6 +356,11 @@ class Batching:
             self._seconds -= self._cost.chunk_s(request.computed, count)
         row.chunk(request.computed, count, request.input_tokens, count == missing)
         request.computed += count
+        while request.images and request.images[0][0] < request.computed:
+            embeddings = request.images.pop(0)[1]
+            row.embeddings += embeddings
+            row.embedding_pairs += embeddings**2
+            self._seconds -= 0.0 if self._cost is None else self._cost.image_s(embeddings)
         return count
 
     @staticmethod

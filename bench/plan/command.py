@@ -28,7 +28,8 @@ MOST_CHANGES = 6
 WORKLOAD = (
     "2048/256@64: tokens in, out, clients; 2048/256@3.5/s: requests a second; 1152:1024/64@16: 1,024 of 1,152 "
     "tokens are the same in all; FILE.jsonl: a trace, each line a request: "
-    '{"arrival_s": 0.5, "input_tokens": 1152, "output_tokens": 64, "shared_tokens": 1024}, shared_tokens if any'
+    '{"arrival_s": 0.5, "input_tokens": 1152, "output_tokens": 64, "shared_tokens": 512, "image_tokens": [484]}, '
+    "the last two if any"
 )
 FIGURE_CLIENTS = [2**power for power in range(12)]
 FIGURE_INCHES = (4.5, 2.8)
@@ -121,6 +122,7 @@ def _column(plan: DevicePlan) -> dict[str, str]:
         **settings,
         "fits": "yes",
         "weights, of memory, GB": f"{plan.weight_gb:,.1f} of {plan.memory_gb:,.0f}",
+        "vision tower, images, GB": f"{plan.tower_gb:,.2f}, {plan.image_gb:,.2f}" if plan.tower_gb else "none",
         "KV room": f"{plan.kv_gb:,.1f} GB, {plan.kv_tokens / 1e3:,.0f}k tok.",
         "load": plan.workload,
         "requests/s": f"{found.requests_per_s:,.2f}{kept}",

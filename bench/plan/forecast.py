@@ -86,6 +86,9 @@ def forecast(
         if value > limit:
             message = f"workload {workload}: {said.format(value, limit)}"
             raise ConfigError(message, field=field, limit=limit, value=value)
+    if config.model.vision is None and any(one.image_tokens for one in workload.trace):
+        told = f"workload {workload}: it has images, and the model takes none"
+        raise ConfigError(told, field="image_tokens", limit="none", value="images")
     model = StepModel(config, device, distinct)
     if workload.rate is None or workload.requests is not None:
         return _forecast(config, requests_of(workload), workload.concurrency, model)

@@ -19,8 +19,9 @@ from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.step_model import StepModel
-from cierzo.engine.cost.weights import weight_bytes
+from cierzo.engine.cost.weights import tower_bytes, weight_bytes
 from cierzo.engine.cost.work import measured_distinct
+from cierzo.engine.device_memory import images_bytes
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.expert_statistics import ExpertStatistics
 from cierzo.kernels.formats.number_formats import ACTIVATION_FORMATS, formats_on
@@ -71,13 +72,16 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The plan for one device. refused: why the workload cannot run on it; then there is no forecast."""
+    """The plan for one device. tower_gb: of the weights, the vision tower's; image_gb: of images' embeddings that
+    are kept, and of pixels on their way. refused: why the workload cannot run on it; then there is no forecast."""
 
     device: str
     shares: str  # measured, predicted or stated
     weights: str
     kv_dtype: str
     weight_gb: float = 0.0
+    tower_gb: float = 0.0
+    image_gb: float = 0.0
     memory_gb: float = 0.0
     kv_gb: float = 0.0
     kv_tokens: int = 0
@@ -113,9 +117,12 @@ class Planner:
             found, workload = self._best(config)
         except ConfigError as error:
             return msgspec.structs.replace(plan, refused=error.message)
+        formats = StepModel(config, device).formats
         return msgspec.structs.replace(
             plan,
-            weight_gb=weight_bytes(config.model, StepModel(config, device).formats) / 1e9,
+            weight_gb=weight_bytes(config.model, formats) / 1e9,
+            tower_gb=tower_bytes(config.model, formats) / 1e9,
+            image_gb=images_bytes(config.model, config.scheduler.image_cache_tokens) / 1e9,
             memory_gb=device.cards * device.memory_bytes / 1e9,
             kv_gb=config.cache.num_blocks * config.layout.bytes_per_block / 1e9,
             kv_tokens=config.cache.num_blocks * config.layout.block_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,7 +15,7 @@ from cierzo.engine.cost.launched import launched_work
 from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.roofs import IN_FLIGHT, LAUNCHES, MEMORY
 from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import Distinct, StepShape, step_work
+from cierzo.engine.cost.work import Distinct, StepShape, step_work, tower_work
 from cierzo.engine.errors import refusal
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 ARITHMETIC = "arithmetic"  # the roof of products whose share was stated or measured: which one, nobody knows
 WAITS = (MEMORY, IN_FLIGHT)
+
+
+def at_least_0(features: FloatArray) -> list[float]:
+    """Coefficients of least squares for sums of 1, those that came out negative left out."""
+    used = np.ones(features.shape[1], bool)
+    while True:
+        found = np.zeros(features.shape[1])
+        found[used] = np.linalg.lstsq(features[:, used], np.ones(len(features)), rcond=None)[0]
+        if (found >= 0).all():
+            return [float(one) for one in found]
+        used &= found > 0
 
 
 class StepTotals(msgspec.Struct, kw_only=True):
@@ -213,6 +224,29 @@ class StepModel:
             launches=self.launches(step) if self.device.predicted else (),
             launched=(np.asarray(step.expanded_tokens) > 0) | (np.asarray(rows) > self._replayed),
         )
+        embedding_s, pair_s = self.image_prices
+        images_s = step.embeddings * embedding_s + step.embedding_pairs * pair_s
+        found.arithmetic_s = found.arithmetic_s + images_s
+        if embedding_s:
+            found.roofs_s[f"{ARITHMETIC} of vision tower {self.formats.plain}"] = images_s
         found.tokens = step.tokens
         found.distinct_experts = self._distinct(step.tokens) if self._distinct else 0.0
         return found
+
+    @cached_property
+    def image_prices(self) -> tuple[float, float]:
+        """Seconds of a token of an image, and of a pair of its tokens: nearest to `image_s` in relative terms, over
+        images of many sizes."""
+        vision = self._model.vision
+        if vision is None:
+            return 0.0, 0.0
+        sides = np.linspace(1, vision.max_side_px // vision.unit_px, 12).astype(int)
+        embeddings = sides.astype(np.float64) ** 2
+        seconds = np.array([self.image_s(int(each)) for each in embeddings])
+        one, pair = at_least_0(np.stack([embeddings, embeddings**2], 1) / seconds[:, None])
+        return one, pair
+
+    def image_s(self, embeddings: int) -> float:
+        """Price the vision tower's work on an image of so many embeddings."""
+        works = tower_work(self._model, self.formats, embeddings)
+        return float(sum(sum(price(self.device, work).roofs_s.values()) for work in works))

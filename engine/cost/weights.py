@@ -74,8 +74,13 @@ def sizes_of(model: ModelConfig, plain: str = "bf16") -> ModelSizes:
 
 def weight_bytes(model: ModelConfig, formats: NumberFormats) -> int:
     """Bytes of a model's matrices in their number formats, on one device, its vision tower's among them."""
-    sizes, tower = sizes_of(model), model.vision
+    sizes = sizes_of(model)
     embedding = stored(formats.plain, model.vocab_size, model.hidden_size)  # apart from the head, even if tied
     matrices = sum(count * stored(formats.of(role), n, k) for role, count, n, k in sizes.matrices())
-    seen = 0 if tower is None else stored(formats.of("vision"), 1, tower.num_parameters(model.hidden_size))
-    return int(embedding + matrices + seen)
+    return int(embedding + matrices) + tower_bytes(model, formats)
+
+
+def tower_bytes(model: ModelConfig, formats: NumberFormats) -> int:
+    """Bytes of a model's vision tower; 0 where it has none."""
+    tower = model.vision
+    return 0 if tower is None else int(stored(formats.of("vision"), 1, tower.num_parameters(model.hidden_size)))

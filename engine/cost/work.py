@@ -30,7 +30,8 @@ class StepShape:
     """Rows that a step computes: prompt tokens in expanded form, generated tokens in absorbed form.
 
     pairs: of a query row and a key that it sees. context: tokens that attention reads, those of a sequence once.
-    sampled: rows whose logits are wanted.
+    sampled: rows whose logits are wanted. embeddings, embedding_pairs: of images that the step makes, their tokens,
+    and the squares of these.
     """
 
     expanded_tokens: Number = 0.0
@@ -40,6 +41,8 @@ class StepShape:
     absorbed_pairs: Number = 0.0
     absorbed_context: Number = 0.0
     sampled: Number = 0.0
+    embeddings: Number = 0.0
+    embedding_pairs: Number = 0.0
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[float, int]], *, generated: bool) -> StepShape:
@@ -128,6 +131,39 @@ def in_all_layers(s: ModelSizes, parts: Sequence[Part]) -> list[Work]:
 def pages_of(layout: CacheLayout) -> str:
     """Number format of the cache's pages."""
     return "bf16" if layout.dtype == "bfloat16" else layout.dtype
+
+
+def tower_work(model: ModelConfig, formats: NumberFormats, embeddings: int) -> list[Work]:
+    """The products of the vision tower for an image of so many embeddings, whose patches see each other. All are
+    priced as the text model's dense products of their size are: nobody has predicted the tower's own kernels."""
+    s, vision, plain = sizes_of(model, formats.plain), model.vision, formats.plain
+    assert vision is not None
+    merged, hidden, width = vision.merge**2, vision.hidden_size, vision.mlp_width
+    patches, layers = embeddings * merged, vision.num_layers
+    parts = [
+        (1, operations.linear(s, patches, 3 * vision.patch**2, hidden, plain)),
+        (layers, operations.linear(s, patches, hidden, 3 * hidden, plain)),
+        (layers, Work("linear", 4 * patches * hidden * s.value_bytes, 4 * patches**2 * hidden)),  # attention
+        (layers, operations.linear(s, patches, hidden, hidden, plain)),
+        (layers, operations.linear(s, patches, hidden, 2 * width, plain)),
+        (layers, operations.linear(s, patches, width, hidden, plain)),
+        (1, operations.linear(s, embeddings, merged * hidden, hidden, plain)),
+        (1, operations.linear(s, embeddings, hidden, s.hidden, plain)),
+        (1, operations.linear(s, embeddings, s.hidden, s.hidden, plain)),
+    ]
+    return [
+        replace(
+            work,
+            calls=calls,
+            num_bytes=calls * work.num_bytes,
+            operations=calls * work.operations,
+            replicated_bytes=calls * work.replicated_bytes,
+            rate=formats.rate(plain),
+            width=s.hidden,
+            format=formats.measured_as(plain if formats.on_gpu else formats.of("linear")),
+        )
+        for calls, work in parts
+    ]
 
 
 def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape) -> Iterator[tuple[Number, Work]]:

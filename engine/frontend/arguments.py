@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from operator import index
+from os import PathLike
 from typing import Any, cast
 
 import msgspec
@@ -22,6 +23,7 @@ from cierzo.engine.messages import ChatMessage, Detokenize, Generate, SamplingPa
 from cierzo.engine.text.unicode import refuse_surrogates
 
 LOWEST_INT, HIGHEST_INT = -(2**63), 2**64 - 1  # MessagePack has no others
+_BYTES = bytes | bytearray | memoryview
 _AS_THEY_ARE = {type(None), bool, float}
 _DEFAULTS = msgspec.structs.asdict(SamplingParams())
 _TUPLES = {"stop", "stop_token_ids", "bad_words", "allowed_token_ids"}  # one alone is taken too
@@ -144,8 +146,11 @@ def _unknown(name: object, value: object, known: Iterable[str]) -> InvalidReques
 def _value(name: str, value: Any) -> Any:
     """The plain value of a field of Generate; of messages and tools also as other interfaces write them, and one
     message or image alone as a list."""
+    if name == "images":
+        several = isinstance(value, Iterable) and not isinstance(value, str | _BYTES | set)
+        files = [(f"images[{number}]", each) for number, each in enumerate(value)] if several else [(name, value)]
+        return [_file(each, field) for field, each in files]
     alone = name == "messages" and isinstance(value, Mapping | ChatMessage)
-    alone = alone or (name == "images" and isinstance(value, bytes | bytearray | memoryview))
     plain = _plain([value] if alone else value, name)
     if name == "tool_choice":
         return foreign.tool_choice(plain)
@@ -155,6 +160,17 @@ def _value(name: str, value: Any) -> Any:
         return plain
     flat = foreign.turn if name == "messages" else foreign.tool
     return [flat(each, f"{name}[{number}]") for number, each in enumerate(plain)]
+
+
+def _file(value: Any, field: str) -> bytes:
+    """The bytes of a file. No path is opened: whose it would be, nobody knows."""
+    if isinstance(value, _BYTES):
+        return bytes(value)
+    limit = "the bytes of a file"
+    what = f"{field}: expected {limit}, got {_kind(value)}"
+    if isinstance(value, str | PathLike):
+        what += "; no path or URL is opened: read it, as by Path(...).read_bytes()"
+    raise InvalidRequest(what, field=field, limit=limit, value=shown(value))
 
 
 def _plain(value: Any, field: str) -> Any:
@@ -169,7 +185,7 @@ def _plain(value: Any, field: str) -> Any:
     if isinstance(value, float):
         return float(value)
     if not isinstance(value, list):
-        if isinstance(value, bytes | bytearray | memoryview):  # iterable, but never meant as a list of integers
+        if isinstance(value, _BYTES):  # iterable, but never meant as a list of integers
             return bytes(value)
         if isinstance(value, msgspec.Struct):
             tag = value.__struct_config__.tag

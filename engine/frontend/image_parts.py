@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from hashlib import blake2b
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import count, shown
+from cierzo.engine.frontend.bounds import shown
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.messages import Generate, ImageChunk, ModelInfo
-from cierzo.engine.text.image_tokens import Images
+from cierzo.engine.text.image_tokens import Images, require_few
 
 DIGEST_BYTES = 16
 SEERS = ("user", "tool")  # roles whose turns may have images
@@ -46,7 +46,7 @@ def check(message: Generate, config: FrontendConfig, model: ModelInfo, num_attac
         raise InvalidRequest(what, field=field, limit="text", value="an image")
     if num_attached and message.images:
         raise twice(num_attached, len(message.images))
-    count("images", parts or range(num_files), config.max_images)
+    require_few([at for at, *_ in parts] or [f"images[{each}]" for each in range(num_files)], config.max_images)
     for field, role, chunk in parts:
         if role not in SEERS:
             limit = f"a turn of the role {' or '.join(SEERS)}"

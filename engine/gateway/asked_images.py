@@ -6,8 +6,9 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from cierzo.engine.errors import InvalidRequest
-from cierzo.engine.frontend.bounds import count, missing, must_be, shown
+from cierzo.engine.frontend.bounds import missing, must_be, shown
 from cierzo.engine.gateway.reading import Body
+from cierzo.engine.text.image_tokens import require_few
 
 MAX_URL_CHARS = 8192
 PORTS = {"http": 80, "https": 443}
@@ -35,7 +36,7 @@ def read_image(read: Body, given: Any, place: str, field: str) -> dict[str, Any]
         return {"type": "image", "url": given}
     address(place, given, read.rules.image_hosts)
     read.fetches.append((place, given))
-    count("images", read.fetches, read.rules.max_fetched)
+    require_few([at for at, _ in read.fetches], read.rules.max_fetched)
     return {"type": "image"}
 
 

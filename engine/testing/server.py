@@ -22,7 +22,7 @@ from cierzo.engine.settings import settings_of
 from cierzo.engine.testing.house import STATES, House
 from cierzo.engine.testing.paced_core import PacedCore
 from cierzo.engine.testing.script import Answers, Script, ScriptedPrompts
-from cierzo.engine.testing.words import fake_model, marked_prompts
+from cierzo.engine.testing.words import VISION, fake_model, marked_prompts, seeing_prompts
 
 NOT_RUNNING = "this FakeServer does not run: it does within `with FakeServer() as server:`"
 
@@ -36,9 +36,10 @@ class FakeServer:
     an answer ends with one more, unless limits or stops of the request end it before; all n answers are the same.
     Grammars are refused as by any server; what they hold, as required calls do, answers need not.
     first_token_s, token_s: seconds before the first token, and between tokens, by `clock`.
-    health: the state in which it starts. model: its name. Further keywords are the limits of a server, as fields of
-    FrontendConfig: address, max_open_samples, tls_certificate, ..., but no metrics. Raises ConfigError for what it
-    cannot be.
+    health: the state in which it starts. model: its name. takes_images: it takes images, which are checked, decoded
+    and counted as by any server; answers depend on none. Further keywords are the limits of a server, as fields of
+    FrontendConfig: address, max_open_samples, max_images, tls_certificate, ..., but no metrics. Raises ConfigError
+    for what it cannot be.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class FakeServer:
         clock: Callable[[], float] = time.monotonic,
         health: str = "ready",
         model: str = "fake",
+        takes_images: bool = False,
         max_model_len: int = 4096,
         **limits: Any,
     ) -> None:
@@ -66,9 +68,13 @@ class FakeServer:
         self._script = Script(answers)
         self._pace = (first_token_s, token_s, clock)
         self._first_health = health
-        prompts = marked_prompts()
+        prompts = seeing_prompts() if takes_images else marked_prompts()
         self._prompts = ScriptedPrompts(
-            prompts.tokenizer, template=prompts.template, syntax=prompts.syntax, script=self._script
+            prompts.tokenizer,
+            template=prompts.template,
+            image_token_ids=prompts.image_token_ids,
+            syntax=prompts.syntax,
+            script=self._script,
         )
         self._model = fake_model(
             name=model,
@@ -76,6 +82,7 @@ class FakeServer:
             reasoning_efforts=list(prompts.efforts or ()),
             marks_thinking=True,
             marks_calls=True,
+            vision=VISION if takes_images else None,
         )
         self._thread: LoopThread | None = None
         self._house: House | None = None

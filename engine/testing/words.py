@@ -12,8 +12,9 @@ import msgspec
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from cierzo.engine.messages import ModelInfo
+from cierzo.engine.messages import ModelInfo, VisionInfo
 from cierzo.engine.text.chat import ChatTemplate
+from cierzo.engine.text.image_tokens import MEAN, STD
 from cierzo.engine.text.prompt import PromptEncoder
 from cierzo.engine.text.syntax import syntax_of
 from cierzo.engine.text.template_chat import TemplateChat
@@ -23,12 +24,18 @@ from cierzo.engine.text.tokenizer_config import TokenizerConfig
 BOS, EOS, VOCAB = 256, 257, 300
 MARKERS = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]")
 ID_OF = {marker: 258 + place for place, marker in enumerate(MARKERS)}
+IMAGE_WORDS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")  # behind the markers, of a model that takes images
+VISION = VisionInfo(14, 2, 1540, MEAN, STD, *(258 + len(MARKERS) + place for place in range(len(IMAGE_WORDS))))
 TEMPLATE = (
     "{% if tools %}{% endif %}"  # reads them, and writes none
     "{% for m in messages %}[{{ m.role }}]{% if m.reasoning %}[THINK]{{ m.reasoning }}[/THINK]{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]"
     "{{ c.function.arguments }}{% endfor %}{% endfor %}"
     "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
+)
+PARTS = (  # of a turn, where it may have images
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }}{% else %}[IMG]{% endif %}{% endfor %}{% endif %}"
 )
 
 
@@ -41,15 +48,15 @@ def bytes_and(special: Sequence[str]) -> tokenizers.Tokenizer:
     return inner
 
 
-def marked_level() -> tokenizers.Tokenizer:
-    """Ids 0 to 255 are bytes, 256 and 257 begin and end a text, the next ones are the markers."""
-    return bytes_and(("<s>", "</s>", *MARKERS))
+def marked_level(more: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """Ids 0 to 255 are bytes, 256 and 257 begin and end a text, the next ones are the markers, and then `more`."""
+    return bytes_and(("<s>", "</s>", *MARKERS, *more))
 
 
-def marked_tokenizer() -> Tokenizer:
+def marked_tokenizer(more: Sequence[str] = ()) -> Tokenizer:
     """Wrap these words as our own tokenizer."""
     eos_token = tokenizers.AddedToken("</s>", special=True)
-    return Tokenizer(marked_level(), TokenizerConfig(named={"eos_token": eos_token}))
+    return Tokenizer(marked_level(more), TokenizerConfig(named={"eos_token": eos_token}))
 
 
 def marked_prompts(template: str = TEMPLATE) -> PromptEncoder:
@@ -57,6 +64,18 @@ def marked_prompts(template: str = TEMPLATE) -> PromptEncoder:
     tokenizer = marked_tokenizer()
     chat = TemplateChat(ChatTemplate(template), tokenizer)
     return PromptEncoder(tokenizer, chat, syntax=syntax_of(tokenizer, None, None))
+
+
+def seeing_prompts() -> PromptEncoder:
+    """Tokenizer, template and syntax of a model that takes images, as VISION says."""
+    tokenizer = marked_tokenizer(IMAGE_WORDS)
+    chat = TemplateChat(ChatTemplate(TEMPLATE.replace("{{ m.content }}", PARTS)), tokenizer)
+    return PromptEncoder(
+        tokenizer,
+        chat,
+        image_token_ids=frozenset({VISION.image_token_id}),
+        syntax=syntax_of(tokenizer, None, None),
+    )
 
 
 def fake_model(**changed: Any) -> ModelInfo:

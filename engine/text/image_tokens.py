@@ -35,6 +35,13 @@ class Prepared(msgspec.Struct, frozen=True, gc=False):
     pixels: bytes
 
 
+def require_few(fields: Sequence[str], most: int) -> None:
+    """Raise InvalidRequest for more than `most` images. fields: where they are."""
+    if len(fields) > most:
+        what = f"{fields[most]}: the request has {len(fields)} images, allowed: {most} (max_images)"
+        raise InvalidRequest(what, field=fields[most], limit=most, value=len(fields))
+
+
 def unit_of(vision: VisionInfo) -> int:
     """Pixels of a merged token's side."""
     return vision.patch * vision.merge

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cierzo.engine.errors import InvalidRequest
 from cierzo.engine.messages import VisionInfo
-from cierzo.engine.text.image_tokens import Grid, Prepared, grid_of, unit_of
+from cierzo.engine.text.image_tokens import Grid, Prepared, grid_of, require_few, unit_of
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _STILL = {"PNG", "WEBP"}  # formats of which one with several frames is refused; of a GIF the first one is taken
@@ -51,34 +51,28 @@ def prepare(
     All headers are checked before the first image is decoded. Raises InvalidRequest, with the image's field, the
     limit and the value.
     """
-    check_count(len(files), limits)
+    require_few(fields, limits.max_images)
     opened = [_opened(file, field, limits) for file, field in zip(files, fields, strict=True)]
-    _check_tokens(sum(_fewest_tokens(image, vision) for image in opened), limits)
+    fewest = 0
+    for image, field in zip(opened, fields, strict=True):
+        fewest += _fewest_tokens(image, vision)
+        _check_tokens(fewest, field, limits)
     prepared: list[Prepared] = []
     for image, field in zip(opened, fields, strict=True):
         with image:
             rgb = _decoded(image, field, limits)
         grid = grid_of(rgb.shape[1], rgb.shape[0], vision)
-        _check_tokens(grid.num_tokens + sum(other.grid.num_tokens for other in prepared), limits)
+        _check_tokens(grid.num_tokens + sum(other.grid.num_tokens for other in prepared), field, limits)
         prepared.append(_prepared(rgb, grid, vision))
     return prepared
 
 
-def check_count(count: int, limits: ImageLimits) -> None:
-    """Raise InvalidRequest for too many images."""
-    if count > limits.max_images:
-        what = f"the request has {count} images, allowed: {limits.max_images} (max_images)"
-        raise InvalidRequest(what, field="images", limit=limits.max_images, value=count)
-
-
-def _check_tokens(num_tokens: int, limits: ImageLimits) -> None:
+def _check_tokens(num_tokens: int, field: str, limits: ImageLimits) -> None:
+    """Raise InvalidRequest where the images up to this one have too many tokens."""
     if num_tokens > limits.max_image_tokens:
-        raise InvalidRequest(
-            f"the images have {num_tokens} tokens or more, allowed: {limits.max_image_tokens} (max_image_tokens)",
-            field="images",
-            limit=f"{limits.max_image_tokens} tokens",
-            value=num_tokens,
-        )
+        most = limits.max_image_tokens
+        what = f"{field}: the images have {num_tokens} tokens or more, allowed: {most} (max_image_tokens)"
+        raise InvalidRequest(what, field=field, limit=f"{most} tokens", value=num_tokens)
 
 
 def resized(image: NDArray[np.uint8] | NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:

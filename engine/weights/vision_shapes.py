@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cierzo.engine.weights.shapes import NamedShape
+import msgspec
+
+from cierzo.engine.fields import Fields
+from cierzo.engine.model.config import ModelConfig
+from cierzo.engine.model.config_json import parse_config
+from cierzo.engine.weights.shapes import NamedShape, named_model_config, shape_of
 
 IMAGE_TOKEN_ID = 10
 PATCH, MERGE, MAX_SIDE_PX = 14, 2, 1540
@@ -102,3 +107,11 @@ def vision_shape_of(scale: str | float) -> VisionShape:
         return presets[str(scale)]
     whole, factor = VisionShape(), float(scale)
     return VisionShape(max(1, round(whole.num_heads * factor)), max(1, round(whole.num_layers * factor)))
+
+
+def planned_model_config(name: str, text_only: bool) -> ModelConfig | None:
+    """`named_model_config`, "small4" with its vision tower unless its text alone is served."""
+    if name != "small4" or text_only or (found := named_model_config(name)) is None:
+        return named_model_config(name)
+    outer = VisionShape().around(shape_of(name, "full").config("bfloat16"))
+    return msgspec.structs.replace(found, vision=parse_config(Fields(outer)).vision)

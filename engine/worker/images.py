@@ -13,7 +13,7 @@ from cierzo.scheduler.images import Image
 
 T = TypeVar("T")
 
-ALL = 1 << 30  # stages: more than any tower has
+ALL_STAGES = 1 << 30  # stages: more than any tower has
 PIXEL_BYTES = 12  # red, green and blue, float32
 
 
@@ -32,7 +32,7 @@ class PixelData:
             raise ValueError(f"{len(data)} bytes of pixels for {image.rows} x {image.columns} tokens")
 
 
-def spanned(image: PromptImage, salt: bytes = b"", pixels: PixelData | None = None) -> Image:
+def image_of(image: PromptImage, salt: bytes = b"", pixels: PixelData | None = None) -> Image:
     """An image as the scheduler takes it. salt: of its request; those with another one do not share embeddings."""
     return Image(
         offset=image.offset,
@@ -86,7 +86,7 @@ class PixelStore:
                 pixels = self._living[image.digest] = PixelData(image, data)
             except ValueError as error:
                 raise ValueError(f"images[{number}]: {error}") from None
-        return spanned(image, submit.cache_salt, pixels)
+        return image_of(image, submit.cache_salt, pixels)
 
 
 class Embeddings(Generic[T]):
@@ -117,5 +117,5 @@ class Embeddings(Generic[T]):
 
     def of(self, image: Image) -> T:
         """Give those of an image, which are made now unless they are there. Raises what making them raises."""
-        self.advance(image, ALL)
+        self.advance(image, ALL_STAGES)
         return self._kept[image.key]

@@ -44,7 +44,7 @@ from cierzo.engine.messages import Abort, CoreCommand, SamplingParams, Submit, T
 from cierzo.engine.server_process import private
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.grammars import Constraint
-from cierzo.engine.worker.images import spanned
+from cierzo.engine.worker.images import image_of
 from cierzo.scheduler.images import Image
 from cierzo.scheduler.plan import StepPlan
 
@@ -154,7 +154,7 @@ class Recorder:
             case Submit():
                 self._write_vocabulary(command.grammar)
                 prompt, output = command.prompt_token_ids, command.output_token_ids
-                images = [spanned(image) for image in command.images]
+                images = [image_of(image) for image in command.images]
                 record: Record = Submitted(
                     readings=self._readings.times,
                     request_id=command.request_id,

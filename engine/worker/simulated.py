@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -78,7 +79,10 @@ class SimulatedRunner:
                 if seq.admission.constraint is not None:
                     self._constraints[seq.slot] = seq.admission.constraint
                     seq.admission.constraint.admit(seq.admission.output_token_ids)
-        step = self.model.time(shape_of(batch), float(len(plan.seqs)))
+        shape = shape_of(batch)
+        if (work := plan.work) is not None:
+            shape = replace(shape, embeddings=work.embeddings, embedding_pairs=work.embedding_pairs)
+        step = self.model.time(shape, float(len(plan.seqs)))
         self.totals.add(step)
         seconds = float(step.total_s)
         self._busy_until_s = max(self._clock(), self._busy_until_s) + seconds

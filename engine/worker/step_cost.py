@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 from cierzo.engine.config import EngineConfig
-from cierzo.engine.cost.step_model import FloatArray, StepModel
+from cierzo.engine.cost.step_model import StepModel, at_least_0
 from cierzo.engine.cost.work import StepShape
 from cierzo.engine.model.config import MlaConfig, ModelConfig
 from cierzo.scheduler.cost import CostLearner, StepCost, StepWork
@@ -46,24 +46,15 @@ def fitted_cost(config: EngineConfig, model: StepModel) -> StepCost:
     seconds = model.time(step, sequences).total_s
     times = context_pairs(config.model)
     features = [np.ones_like(rows), rows > 0, sequences, context, rows, pairs + times * attended]
-    base, prompt, sequence, decode_context, row, pair = _at_least_0(np.stack(features, 1) / seconds[:, None])
-    return StepCost(base, prompt, sequence, decode_context, row, pair, times)
+    base, prompt, sequence, decode_context, row, pair = at_least_0(np.stack(features, 1) / seconds[:, None])
+    embedding, embedding_pair = model.image_prices
+    text = base, prompt, sequence, decode_context, row, pair, times
+    return StepCost(*text, embedding_s=embedding, embedding_pair_s=embedding_pair)
 
 
 def predicted_cost(config: EngineConfig) -> StepCost | None:
     """The price on a device whose steps are predicted: the one that is simulated."""
     return None if config.card is None else fitted_cost(config, StepModel(config, config.card))
-
-
-def _at_least_0(features: FloatArray) -> list[float]:
-    """Coefficients of least squares for sums of 1, those that came out negative left out."""
-    used = np.ones(features.shape[1], bool)
-    while True:
-        found = np.zeros(features.shape[1])
-        found[used] = np.linalg.lstsq(features[:, used], np.ones(len(features)), rcond=None)[0]
-        if (found >= 0).all():
-            return [float(one) for one in found]
-        used &= found > 0
 
 
 class StepTimes:

@@ -47,7 +47,7 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     assert lines["shares of the device"] == 2 * ["predicted from the machine code of Triton 3.6.0"]
     assert re.match(r"memory of expert_terms fp8, \d+%$", lines["limited by"][0])
     assert lines["fits"] == ["yes", "no"]
-    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.1 GiB" in text
+    assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.9 GiB" in text
     h200, h100 = json.loads(report.read_text())["results"]
     assert h100["forecast"] is None
     assert f"{h200['forecast']['requests_per_s']:,.2f}" == lines["requests/s"][0]
@@ -59,6 +59,17 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     assert sum("step: " in word for word in words) == 2
     refused = [change for change in h200["changes"] if change["refused"]]
     assert [change["what"] for change in refused] == ["weights bf16"]
+
+
+def test_the_tower_and_its_images_take_memory_and_text_only_leaves_them_out() -> None:
+    sizes = {"weights": "nvfp4", "kv_dtype": "fp8", "profile": "balanced"}
+    seeing, reading = (_plan("64/2@1", "h100", **sizes, text_only=each) for each in (False, True))
+    assert seeing.weight_gb - reading.weight_gb == pytest.approx(seeing.tower_gb)
+    assert seeing.tower_gb == pytest.approx(0.857, abs=0.001)
+    assert reading.kv_gb - seeing.kv_gb == pytest.approx(seeing.tower_gb, abs=0.001)  # images: within workspaces
+    more = _plan("64/2@1", "h100", **sizes, image_cache_tokens=32_768)
+    assert more.image_gb - seeing.image_gb == pytest.approx(2 * 4096 * 16_384 / 1e9)
+    assert (reading.tower_gb, reading.image_gb) == (0, 0)
 
 
 class Setting(NamedTuple):
@@ -223,7 +234,7 @@ def test_a_limit_that_one_client_breaks_is_refused_with_the_numbers() -> None:
         (["--device", "h200", "--workload", "300000/9@1"], 1, "300,009 tokens, and max_model_len is 262,144"),
         (["--device", "h200", "--workload", "9/9@5000"], 1, "5,000 requests at once, and the queue takes 4,096"),
         (["--device", "h200", "--workload", "9/9@1", "--kv-dtype", "int8"], 1, "int8 has no kernels on a GPU"),
-        (["--device", "h200", "--workload", "9/9@1", "--weights", "bf16"], 1, "weights in bf16 take 221.7 GiB"),
+        (["--device", "h200", "--workload", "9/9@1", "--weights", "bf16"], 1, "weights in bf16 take 222.5 GiB"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(

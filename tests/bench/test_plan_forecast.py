@@ -22,6 +22,7 @@ from cierzo.bench.virtual import SimulatedServer, run_simulated_load
 from cierzo.bench.workload import TracedRequest, Workload, parse_workload, poisson_arrivals
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.cards import named
+from cierzo.engine.cost.step_model import StepModel
 from cierzo.engine.errors import ConfigError
 
 TOLERANCE = 0.05  # what is promised; the steps are the same to the last one, see the test below
@@ -199,6 +200,30 @@ def test_a_trace_is_a_load_like_any_other() -> None:
         )
     )
     assert forecast(config, trace) == forecast(config, loop)
+
+
+def test_images_of_a_trace_take_the_tower_s_time_once_each() -> None:
+    """Of two requests, one after the other; the second has two images, of which one begins in a later chunk."""
+    config = _config("small4", "h200", {**NVFP4, "budget_tokens": 1024, "max_chunk_tokens": 1024})
+
+    def found(*images: int) -> Forecast:
+        lengths = {"input_tokens": 2000, "output_tokens": 2}
+        first = TracedRequest(arrival_s=0.0, **lengths)
+        second = TracedRequest(arrival_s=100.0, image_tokens=images, **lengths)
+        return forecast(config, Workload(trace=(first, second)))
+
+    assert config.card is not None
+    one_s, pair_s = StepModel(config, config.card).image_prices
+    assert one_s > 0
+    took_s = 1100 * one_s + (1000**2 + 100**2) * pair_s
+    seeing, reading = found(1000, 100), found()
+    assert seeing.steps == reading.steps
+    assert seeing.completion_s.max - reading.completion_s.max == pytest.approx(took_s, rel=1e-6)
+    assert 2 * (seeing.completion_s.mean - reading.completion_s.mean) == pytest.approx(took_s, rel=1e-6)
+    text = _config("small4", "h200", {**NVFP4, "text_only": True})
+    asked = TracedRequest(arrival_s=0, input_tokens=9, output_tokens=1, image_tokens=(4,))
+    with pytest.raises(ConfigError, match="it has images, and the model takes none"):
+        forecast(text, Workload(trace=(asked,)))
 
 
 @pytest.mark.parametrize("late", [0, 3])

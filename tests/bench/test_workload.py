@@ -77,6 +77,8 @@ def test_a_trace(tmp_path: Path) -> None:
         b'{"arrival_s": 1e17, "input_tokens": 10, "output_tokens": 1}',
         b'{"arrival_s": 1e999, "input_tokens": 10, "output_tokens": 1}',
         b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 1, "shared_tokens": 10}',
+        b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 1, "shared_tokens": 4, "image_tokens": [4, 3]}',
+        b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 1, "image_tokens": [0]}',
         b'{"arrival_s": 0.4, "input_tokens": 10, "output_tokens": 1}',
         b'{"arrival_s": 1, "input_tokens": 10, "output_tokens": 1, "priority": 2}',
     ],

@@ -21,10 +21,12 @@ from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.roofs import HOST_LAUNCH_S
 from cierzo.engine.cost.step_model import StepModel, price, step_time
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
-from cierzo.engine.cost.work import StepShape, step_work
+from cierzo.engine.cost.work import StepShape, step_work, tower_work
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.weights.shapes import named_model_config
+from cierzo.engine.weights.vision_shapes import planned_model_config
+from cierzo.engine.worker.step_cost import fitted_cost
 
 DECODE_ONE = StepShape(absorbed_tokens=1.0, absorbed_pairs=2048.0, absorbed_context=2048.0, sampled=1.0)
 
@@ -452,3 +454,29 @@ def test_a_step_s_shape_is_that_of_its_pieces() -> None:
     assert StepShape.of([(159, 1)] * 3, generated=True) == StepShape(
         absorbed_tokens=3.0, absorbed_pairs=480.0, absorbed_context=480.0, sampled=3.0
     )
+
+
+def test_the_tower_s_products_are_counted_by_hand() -> None:
+    """Of 484 tokens, 616 x 616 pixels: each layer multiplies by its weights, and each patch sees all."""
+    seeing = planned_model_config("small4", text_only=False)
+    assert seeing is not None
+    works, patches = tower_work(seeing, NumberFormats(weights="nvfp4"), 484), 44 * 44
+    layer = 4 * 1024**2 + 3 * 1024 * 4096
+    dense = patches * (588 * 1024 + 24 * layer) + 484 * (4096 * 1024 + 1024 * 4096 + 4096**2)
+    assert sum(work.operations for work in works) == 2 * dense + 24 * 4 * patches**2 * 1024
+    assert sum(work.calls for work in works) == 4 + 24 * 5
+    weights = 2 * (588 * 1024 + 24 * layer + 4096 * 1024 + 1024 * 4096 + 4096**2)
+    assert weights < sum(work.num_bytes for work in works) < weights + 2 * patches * 24 * 30 * 1024
+    assert planned_model_config("small4", text_only=True) == named_model_config("small4")
+
+
+def test_prices_of_images_are_near_the_model_s() -> None:
+    config = resolve(EngineOptions(model="small4", device="simulated:h200", weights="nvfp4"))
+    assert config.card is not None
+    model = StepModel(config, config.card)
+    cost = fitted_cost(config, model)
+    for embeddings in (256, 484, 1369, 3025):
+        assert cost.image_s(embeddings) == pytest.approx(model.image_s(embeddings), rel=0.25)
+    text = resolve(EngineOptions(model="small4", device="simulated:h200", weights="nvfp4", text_only=True))
+    assert text.card is not None
+    assert fitted_cost(text, StepModel(text, text.card)).image_s(100) == 0

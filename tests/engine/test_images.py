@@ -258,6 +258,24 @@ def test_a_tower_that_fails_in_stages_ends_its_own_request_alone() -> None:
     assert ours.tokens[0, 0] == alone(submit(0, [1, 2, 3], max_tokens=60)).tokens[0, 0]
 
 
+@pytest.mark.parametrize("end", ["done", "aborted", "aborted while it waits"])
+def test_pixels_go_with_their_request_however_late_its_deadline(end: str) -> None:
+    ours = machine(max_running=2 if end != "aborted while it waits" else 1)
+    ours.core.submit(submit(0, [1, 2, 3], max_tokens=60))
+    ours.step()
+    ours.core.submit(msgspec.structs.replace(submit(1, [LARGE, 5]), deadline_at_s=1e6))
+    assert len(ours.core._pixels._living) == 1
+    ours.step()
+    if end != "done":
+        ours.core.abort(Abort(request_id=1))
+    while (1, 0) not in ours.ends:
+        ours.step()
+    ours.step()
+    ours.plans.clear()
+    assert not ours.core._pixels._living
+    assert ours.core.has_work()
+
+
 def test_a_decode_step_has_no_images() -> None:
     ours = machine()
     ours.core.submit(submit(1, [1, LARGE]))

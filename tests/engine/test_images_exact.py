@@ -185,6 +185,29 @@ def test_a_tower_sees_an_image_once_and_none_that_the_cache_has(folder: Path) ->
     assert [logprob for _, logprob in other] != [logprob for _, logprob in first[1]]
 
 
+def test_chunks_and_company_change_nothing_without_the_fused_kernels(folder: Path) -> None:
+    """Each operation by itself, whatever the machine has in one call."""
+    blocks = ("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block")
+    kernels = KernelsConfig(implementations=dict.fromkeys(blocks, "composed"))
+    limits = {"kernels": kernels, "max_running": MAX_RUNNING}
+    try:
+        requests = [
+            submit(number, [number, (number % 2, 3, 4), 5, (2, 2, 2), 6], logprobs=0, temperature=0.0)
+            for number in range(3)
+        ]
+        expected: dict[int, Answer] = {}
+        for request in requests:
+            alone, _ = core_of(config_of(folder, budget_tokens=200, **limits))
+            expected |= drain(alone, [(0, request)])
+        config = config_of(folder, MAX_LEN // 4 + 3, budget_tokens=8, **limits)
+        scheduler = msgspec.structs.replace(config.scheduler, image_cache_tokens=1, max_chunk_tokens=7)
+        together, tower = core_of(msgspec.structs.replace(config, scheduler=scheduler))
+        assert drain(together, [(2 * number, request) for number, request in enumerate(requests)]) == expected
+        assert tower.seen >= 3
+    finally:
+        bind(KernelsConfig(), "cpu")
+
+
 def test_a_request_with_an_image_ends_alone_where_the_model_takes_none(folder: Path) -> None:
     core, _ = core_of(config_of(folder, budget_tokens=64, max_running=MAX_RUNNING))
     core._runner._tower = None

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from grammar_twin import FREE, VOCABULARY, spelled
+from image_prompts import submit
 
+from cierzo.bench.virtual import VirtualClock
 from cierzo.engine.config import EngineConfig, EngineOptions, resolve
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
 from cierzo.engine.cost.work import StepShape
@@ -15,7 +17,8 @@ from cierzo.engine.errors import ConfigError
 from cierzo.engine.messages import SamplingParams, Submit
 from cierzo.engine.worker.batch import BatchBuilder
 from cierzo.engine.worker.core import EngineCore
-from cierzo.engine.worker.simulated import shape_of
+from cierzo.engine.worker.simulated import SimulatedRunner, shape_of
+from cierzo.engine.worker.step_cost import predicted_cost
 from cierzo.scheduler.plan import SeqPlan, StepPlan
 
 
@@ -39,7 +42,7 @@ def test_a_batch_is_counted_row_by_row() -> None:
 def test_the_cache_of_several_cards_is_what_weights_and_workspaces_leave() -> None:
     config = configure(card="4xh100", kv_dtype="bf16")
     left = 4 * 80e9 * 0.95 - weight_bytes(config.model, NumberFormats(weights="nvfp4"))
-    limits = StepLimits(8192, 2048, 512, config.scheduler.max_model_len)
+    limits = StepLimits(8192, 2048, 512, config.scheduler.max_model_len, config.scheduler.image_cache_tokens)
     left -= 4 * workspace_bytes(config.model, limits, int(left) // config.layout.bytes_per_token)
     assert config.cache.num_blocks * config.layout.bytes_per_block == pytest.approx(left, rel=1e-3)
 
@@ -48,7 +51,7 @@ def test_the_cache_of_several_cards_is_what_weights_and_workspaces_leave() -> No
     ("options", "said"),
     [
         ({"model": "small4", "card": "h100", "weights": "fp8"}, "workspaces"),
-        ({"model": "small4", "card": "h100", "weights": "bf16"}, "KV cache; weights in nvfp4 would leave some"),
+        ({"card": "h100", "weights": "bf16", "text_only": True}, "KV cache; weights in nvfp4 would leave some"),
         ({"model": "small4", "card": "b300"}, "b300"),
         ({"model": "small4", "max_model_len": 2_000_000}, "max_position_embeddings"),
         ({"model": "small3", "max_model_len": 131_072, "kv_cache_gib": 1.0}, "131072 tokens need"),
@@ -76,3 +79,19 @@ def test_tokens_that_are_made_up_keep_to_grammars(overlap: str) -> None:
                 ends[delta.request_id] = delta.finish.reason, delta.finish.incomplete
     assert [spelled(own) for own in tokens.values()] == ["no", "bbb", "xxxxxx"]
     assert ends == {0: ("stop", False), 1: ("stop", False), 2: ("length", False)}
+
+
+def test_an_image_takes_a_simulated_card_the_tower_s_time_once() -> None:
+    """A prompt with an image of 400 tokens, the same again, and the same words without an image."""
+    config = configure(kv_cache_gib=1.0, overlap="off", max_running=4, max_model_len=1024)
+    clock, cost = VirtualClock(0.0), predicted_cost(config)
+    assert cost is not None
+    core, times = EngineCore(config, SimulatedRunner(config, clock), clock), list[float]()
+    for number, parts in enumerate(([1, (0, 20, 20)], [2, (0, 20, 20)], [3, *[5] * 420])):
+        begin_s = clock()
+        core.submit(submit(number, parts, max_tokens=1))
+        while core.has_work():
+            core.step_plain()
+        times.append(clock() - begin_s)
+    assert times[0] - times[2] == pytest.approx(cost.image_s(400), rel=1e-6)
+    assert times[1] == pytest.approx(times[2], rel=1e-6)

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 
 from tqdm import tqdm
 
-from fuzz import targets
+from fuzz import images, targets
 from fuzz.mutator import mutated
 
 SHARE = 20_000  # inputs of a job
@@ -51,6 +51,9 @@ def run_sequences(seed: int, count: int) -> tuple[int, str]:
             data = b"".join(rng.choices(frames, k=rng.randint(1, 6))) if rng.random() < 0.3 else rng.choice(corpus)
             hello = rng.choice(frames) if rng.random() < 0.1 else frames[[*_names()].index("hello")]
             whole = hello + mutated(rng, [data]) if rng.random() < 0.5 else mutated(rng, [data])
+            if number % 6 == 0:
+                whole = images.connection(rng)
+                whole = mutated(rng, [whole]) if rng.random() < 0.3 else whole
             if found := tried("sequences", connections.sequence, whole):
                 return number, found
     finally:

@@ -7,9 +7,11 @@ Findings are added by hand or by `make fuzz`; they stay.
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import msgspec
+from support.image_files import picture
 
 from fuzz.targets import CORPUS
 
@@ -32,6 +34,9 @@ CHAT = [
     {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}", "id": "1"}]},
     {"role": "tool", "content": "x", "tool_call_id": "1"},
 ]
+DOT = picture(1, 1)
+URL = f"data:image/png;base64,{base64.b64encode(DOT).decode()}"
+SEEN = [{"role": "user", "content": [{"type": "image", "digest": bytes(16)}, {"type": "image", "url": URL}]}]
 FRAMES: dict[str, dict[str, Any]] = {
     "hello": HELLO,
     "hello-2": OLD_HELLO,
@@ -63,6 +68,12 @@ FRAMES: dict[str, dict[str, Any]] = {
     "generate-regex": {**GENERATE, "stream": 17, "grammar": {"kind": "regex", "value": r"[a-c]{1,3}(\d|x)*"}},
     "generate-choice": {**GENERATE, "stream": 18, "grammar": {"kind": "choice", "value": ["a", "b\n", "ñ"]}},
     "generate-lark": {**GENERATE, "stream": 19, "grammar": {"kind": "lark", "value": LARK}},
+    "hello-images": {**HELLO, "features": ["attach", "images", "parts"]},
+    "generate-images": {"type": "generate", "stream": 20, "token_ids": [2, 125, 127, 3], "images": [DOT]},
+    "generate-parts": {"type": "generate", "stream": 21, "messages": SEEN, "images": [DOT]},
+    "attach-image": {"type": "attach", "stream": 22, "data": DOT, "image": 0},
+    "attach-image-1": {"type": "attach", "stream": 22, "data": DOT[:40], "image": 1},
+    "generate-attached-images": {"type": "generate", "stream": 22, "token_ids": [2, 125, 127, 125, 127]},
 }
 SEQUENCES = {
     "asks": ["hello", "ping", "health", "stats", "model"],
@@ -72,6 +83,7 @@ SEQUENCES = {
     "resumes": ["hello", "generate-key", "generate-key", "resume", "cancel-request", "credit"],
     "words": ["hello-words", "tokenize", "tokenize-chat", "detokenize", "detokenize", "tokenizer"],
     "holds": ["hello-grammars", "generate-schema", "generate-regex", "generate-choice", "generate-lark", "ping"],
+    "sees": ["hello-images", "attach-image", "attach-image-1", "generate-attached-images", "generate-images"],
     "twice": ["hello", "hello"],
     "no-hello": ["ping"],
 }

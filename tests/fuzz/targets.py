@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 from simulation.house import House
+from simulation.images import vision
 from simulation.link import SimulatedLink
 from simulation.world import bytes_kept
 from support.part_answers import IDS, SYNTAXES, Pieces, joined, read
@@ -43,7 +44,14 @@ LIMITS = FrontendConfig(
     orphan_s=1.0,
     default_deadline_s=5.0,
 )
-MODEL = fake_model(vocab_size=128, max_model_len=64, block_tokens=8, eos_token_ids=[7], has_chat_template=False)
+MODEL = fake_model(
+    vocab_size=128,
+    max_model_len=64,
+    block_tokens=8,
+    eos_token_ids=[7],
+    has_chat_template=False,
+    vision=vision(128),
+)
 
 
 def entries(target: str) -> list[bytes]:
@@ -258,6 +266,9 @@ class Connections(logging.Handler):
             await asyncio.sleep(LIMITS.orphan_s + LIMITS.default_deadline_s + 1.0)
         streams = self._frontend.streams
         assert (len(streams), streams.num_samples, streams.num_tokens) == (0, 0, 0)
+        assert (self._frontend.heap.num_bytes, self._frontend.budget.num_bytes) == (0, 0)
+        assert self._link.life is not None
+        assert not self._link.life.core._pixels._living
         assert len(self._server._connections) == 1, self._server._connections
         assert not self._faults, self._faults
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cierzo.engine.frontend.frames import FrameSplitter
+from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.methods import Methods
 from cierzo.engine.text.parts import PartsReader
 from fuzz import __main__ as fuzz
@@ -74,6 +75,12 @@ def test_a_method_that_breaks_is_found(monkeypatch):
 
     monkeypatch.setattr(Methods, "_ping", breaks)
     assert "told to" in fuzz.run_sequences(seed=1, count=300)[1]
+
+
+@pytest.mark.usefixtures("nothing_is_kept")
+def test_pixels_that_outlive_their_request_are_found(monkeypatch):
+    monkeypatch.setattr(Heap, "let_go", lambda self, stream: None)
+    assert fuzz.run_sequences(seed=1, count=100)[1]
 
 
 @pytest.mark.usefixtures("nothing_is_kept")

@@ -87,7 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.cost.device",
         "engine.cost.weights",
         "engine.settings",
-        "engine.weights.shapes",
+        "engine.weights.vision_shapes",
         "engine.errors",
     ),
     "engine.host": (),
@@ -145,7 +145,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.grammars": (*CLIENT, *WORKER),
     "bench.virtual": (*CLIENT, *WORKER),
     "bench.vision": (*CLIENT, *WORKER, "engine.fields"),
-    "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint"),
+    "bench.plan": (*CLIENT, *WORKER, "engine.checkpoint", "engine.device_memory"),
     "bench.gpu": (*CLIENT, *WORKER),
     "bench.headline": (*CLIENT, *WORKER, "engine.kv_room"),
     "bench.peers": (

@@ -13,6 +13,7 @@ import msgspec
 from cierzo.engine.messages import FEATURES
 
 from .history import Attempt, Body, History, Request
+from .images import NUM_TOKENS, illustrated
 from .link import POISON
 from .network import Network
 from .peer import Peer, frame
@@ -39,6 +40,7 @@ class Client:
         tenant: str = "",
         key: str = "",
         holds: bool = False,
+        sees: bool = False,
     ) -> None:
         self.rng = rng
         self._network = network
@@ -50,6 +52,7 @@ class Client:
         self._everybody = everybody
         self._thinks = thinks
         self._holds = holds  # some answers to grammars
+        self._sees = random.Random(f"images {number}") if sees else None  # some prompts have images
         self._tenant, self._key = tenant, key  # "": the server has none
         self._loop = asyncio.get_running_loop()
         self.peers: list[Peer] = []
@@ -179,8 +182,9 @@ class Client:
         keyed = [one for one in self._history.requests if self._has_key(one)]
         if self._thinks and peer is not None:  # else it depends on who comes first, in which form the answer comes
             keyed = [one for one in keyed if one.is_apart == ("parts" in peer.features)]
-        if peer is not None and "grammars" not in peer.features:
-            keyed = [one for one in keyed if "grammar" not in one.body]
+        for feature, field in (("grammars", "grammar"), ("images", "images")):
+            if peer is not None and feature not in peer.features:
+                keyed = [one for one in keyed if field not in one.body]
         if peer is not None and keyed and "resume" in peer.features:
             self._send(peer, self.rng.choice(keyed))
 
@@ -280,7 +284,14 @@ class Client:
             ]
         if rng.random() < 0.2:
             sampling["logprobs"] = rng.randrange(3)
+        images: list[bytes] = []
+        if self._sees is not None:
+            prompt = [min(token, self._vocab_size - NUM_TOKENS - 1) for token in prompt]
+            if "images" in peer.features and prompt[0] != POISON and self._sees.random() < 0.6:
+                prompt, images = illustrated(self._sees, prompt, self._max_model_len - 1, self._vocab_size)
         body: Body = {"type": "generate", "token_ids": prompt, "sampling": sampling}
+        if images:
+            body["images"] = images
         if self._holds and "grammars" in peer.features and rng.random() < 0.4:
             body["grammar"] = {"kind": "regex", "value": rng.choice(PATTERNS)}
         if rng.random() < 0.2:
@@ -292,15 +303,18 @@ class Client:
         if rng.random() < 0.5 and "resume" in peer.features:
             own = sum(one.tenant == self._tenant for one in self._history.requests)
             body["idempotency_key"] = f"key {own}"  # which another tenant may use too
-        as_text = rng.random() < 0.2 and all(9 < token < 127 for token in prompt)
+        as_text = rng.random() < 0.2 and all(9 < token < 127 for token in prompt) and not images
         return Request(number, body, as_text, self._tenant)
 
     def _send(self, peer: Peer, request: Request) -> Attempt:
         message = dict(request.body)
         if request.as_text:
             message["text"] = bytes(message.pop("token_ids")).decode()
-        elif "attach" in peer.features and "idempotency_key" not in message and self.rng.random() < 0.2:
-            return self._send_attached(peer, request, message)
+        elif "attach" in peer.features and "idempotency_key" not in message:
+            if self.rng.random() < 0.2:
+                return self._send_attached(peer, request, message)
+            if self._sees is not None and "images" in message and self._sees.random() < 0.5:
+                return self._send_images(peer, request, message, self._sees)
         return peer.start(request, message, "generate")
 
     def _send_attached(self, peer: Peer, request: Request, message: Body) -> Attempt:
@@ -309,6 +323,15 @@ class Client:
         for part in (data[:cut], data[cut:]):
             peer.say({"type": "attach", "stream": stream, "data": part})
         return peer.start(request, {**message, "attached": "token_ids"}, "attached")
+
+    def _send_images(self, peer: Peer, request: Request, message: Body, rng: random.Random) -> Attempt:
+        """Send images ahead of their request, in one or two pieces each."""
+        stream = peer.next_stream() + 1
+        for number, file in enumerate(message.pop("images")):
+            cut = rng.randrange(len(file))
+            for part in (file[:cut], file[cut:]) if rng.random() < 0.5 else (file,):
+                peer.say({"type": "attach", "stream": stream, "data": part, "image": number})
+        return peer.start(request, message, "generate")
 
     async def _take_up(self, request: Request) -> bool:
         """Go on with a request whose connection was lost; whether that can be."""

@@ -19,7 +19,8 @@ import msgspec
 from cierzo.engine.config import EngineConfig
 from cierzo.engine.errors import CoreFailed
 from cierzo.engine.frontend.config import FrontendConfig
-from cierzo.engine.messages import Abort, CoreCommand, StepOutput, Submit, TokenDelta, Vocabulary
+from cierzo.engine.frontend.pixel_queue import PixelQueue
+from cierzo.engine.messages import Abort, CoreCommand, Pixels, StepOutput, Submit, TokenDelta, Vocabulary
 from cierzo.engine.worker import grammars
 from cierzo.engine.worker.core import EngineCore
 from cierzo.engine.worker.fake import FakeRunner
@@ -52,6 +53,7 @@ def new_core(config: EngineConfig, clock: Callable[[], float], vocabulary: Vocab
         block_tokens=config.cache.block_tokens,
         max_running=config.scheduler.max_running,
         reads="context",
+        image_stages=config.scheduler.image_stages,
     )
     core = EngineCore(config, runner, clock)
     if vocabulary is not None:
@@ -93,6 +95,7 @@ class Life:
         self.committed = False
         self.stalled_until_s = 0.0
         self.commands, self.steps = Line(), Line()
+        self.pixels = PixelQueue()
 
 
 class SimulatedLink:
@@ -133,7 +136,20 @@ class SimulatedLink:
         self._begin()
 
     def send(self, command: CoreCommand) -> None:
-        """Queue a command."""
+        """Queue a command; of a request with images the pixels first, as `CoreLink` does."""
+        if self.life is not None and self.life.pixels.takes(command):
+            self._loop.call_soon(self._send_pixels, self.life)
+        else:
+            self._send(command)
+
+    def _send_pixels(self, life: Life) -> None:
+        for command in life.pixels.turn():
+            if life is self.life:
+                self._send(command)
+        if not life.pixels.is_empty:
+            self._loop.call_soon(self._send_pixels, life)
+
+    def _send(self, command: CoreCommand) -> None:
         life, arrived = self.life, _decode(_encode(command))
         if isinstance(arrived, Submit):
             prompt = self._runs[arrived.request_id] = tuple(arrived.prompt_token_ids)
@@ -258,6 +274,8 @@ class SimulatedLink:
                 if command.prompt_token_ids[0] == POISON:
                     return True
                 life.core.submit(command)
+            elif isinstance(command, Pixels):
+                life.core.pixels(command)
             elif isinstance(command, Abort):
                 life.core.abort(command)
         self.most_commands = max(self.most_commands, taken)

@@ -21,6 +21,7 @@ from cierzo.engine.text.tokenizer import _BYTE_OF, Tokenizer
 from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
 from .history import Body, Request
+from .images import placed
 from .link import new_core
 
 # Tokens of some worlds that begin and end a thought.
@@ -84,7 +85,8 @@ class References:
             grammar = writer.write(asked, in_thinking=False, one_call=False, apart=is_apart)
         core = self._core = new_core(self._config, lambda: 0.0, self._vocabulary if held else None)
         prompt = body["token_ids"]
-        core.submit(Submit(request_id=0, prompt_token_ids=prompt, sampling=params, grammar=grammar))
+        images = placed(body["images"], prompt, self._config.model.vocab_size) if "images" in body else []
+        core.submit(Submit(request_id=0, prompt_token_ids=prompt, sampling=params, grammar=grammar, images=images))
         tokens: list[list[int]] = [[] for _ in range(params.n)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(params.n)]
         finishes: list[Any] = [None] * params.n

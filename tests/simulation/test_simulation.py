@@ -8,7 +8,9 @@ from collections import Counter
 import pytest
 
 from cierzo.bench.virtual import VirtualClock, VirtualLoop
+from cierzo.cache import manager
 from cierzo.engine.frontend.core_side import CoreSide
+from cierzo.engine.frontend.heap import Heap
 from cierzo.engine.frontend.outlet import Outlets
 from cierzo.engine.frontend.registry import Registry
 from cierzo.engine.frontend.sample import Sample
@@ -32,6 +34,7 @@ HAPPENS = {
     "swizzle",
     "thoughts",
     "held",  # to a grammar, to its end
+    "seen",  # images, in a prompt that was answered
 }
 
 
@@ -65,12 +68,13 @@ def test_a_seed_is_one_history():
         ]
 
     assert story(3) == story(3)
+    assert story(14) == story(14)  # with images
     assert story(15) == story(15)  # with grammars, whose matchers and masks threads make
 
 
-def first_red():
-    """The first of 60 seeds that fails, and why."""
-    for seed in range(60):
+def first_red(seeds=range(60)):
+    """Why the first of some seeds fails that does."""
+    for seed in seeds:
         if wrongs := World(seed).run():
             return wrongs[0]
     return ""
@@ -132,6 +136,14 @@ def tell_another_end(monkeypatch):
     monkeypatch.setattr(Outlets, "attach", later)
 
 
+def mistake_images(monkeypatch):
+    monkeypatch.setattr(manager, "marks", lambda images, start, end: b"")
+
+
+def keep_pixels(monkeypatch):
+    monkeypatch.setattr(Heap, "let_go", lambda self, stream: None)
+
+
 FAULTS = [
     *(forget_tokens, never_close, ignore_cancels, resume_a_token_early),
     *(swallow_text, swallow_thoughts, forget_costs, tell_another_end),
@@ -142,6 +154,12 @@ FAULTS = [
 def test_a_fault_turns_seeds_red(fault, monkeypatch):
     fault(monkeypatch)
     assert first_red()
+
+
+@pytest.mark.parametrize("fault", [mistake_images, keep_pixels])
+def test_a_fault_turns_seeds_with_images_red(fault, monkeypatch):
+    fault(monkeypatch)
+    assert first_red(range(0, 420, 7))
 
 
 def test_time_jumps_to_the_next_timer():

@@ -27,6 +27,7 @@ from .checker import Checker, costs
 from .client import Client
 from .history import History
 from .house import House
+from .images import vision
 from .link import SimulatedLink, patience
 from .network import Network
 from .peer import Peer
@@ -105,6 +106,12 @@ class World:
             token_table(byte_tokenizer(), self.vocab_size, self.eos) if self.eos and not seed % 5 else None
         )
         self.tenants = [*TENANTS] if seed % 3 == 1 else []
+        self.sees = not seed % 7  # prompts may have images
+        if self.sees:
+            images = random.Random(f"images {seed}")
+            kept, stages = images.choice((1, 16, 40)), images.choice((1, 1, 3))
+            scheduler = msgspec.structs.replace(self.config.scheduler, image_cache_tokens=kept, image_stages=stages)
+            self.config = msgspec.structs.replace(self.config, scheduler=scheduler)
         self.is_calm = False
         self.everybody: list[Peer] = []
 
@@ -186,6 +193,7 @@ class World:
             tenant,
             tenant,
             self.vocabulary is not None,
+            self.sees,
         )
 
     def _model(self) -> ModelInfo:
@@ -196,6 +204,7 @@ class World:
             num_blocks=self.config.cache.num_blocks,
             eos_token_ids=list(self.eos),
             has_chat_template=False,
+            vision=vision(self.vocab_size) if self.sees else None,
         )
 
     # --- troubles --------------------------------------------------------------------------------------
@@ -275,6 +284,8 @@ class World:
         for book in self.frontend.tenancy.books():
             if book.num_requests or book.num_tokens or book.num_tokenless:
                 wrong(f"left in a book: {book}")
+        if self.frontend.heap.num_bytes or self.frontend.heap._pixels:
+            wrong(f"left on the heap: {self.frontend.heap.num_bytes} bytes")
         if self.server._connections:
             wrong(f"left open: {len(self.server._connections)} connections")
         life = self.link.life
@@ -282,6 +293,9 @@ class World:
             return
         core = life.core
         core.check()
+        if core._pixels._living or core._pixels._coming or core._scheduler._images._left:
+            wrong(f"left of images: {[*core._pixels._living]}, {core._pixels._coming}")
+        self.counts["towers"] += len(core._runner.towers)
         stats = core.stats()
         if (stats.running, stats.waiting, stats.free_blocks) != (0, 0, stats.total_blocks):
             wrong(f"left in the core: {stats}")
@@ -315,6 +329,7 @@ class World:
                     self.counts[end["code"]] += 1
                 for sample in end["samples"] if end is not None and end["type"] == "final" else ():
                     self.counts[sample["finish_reason"]] += 1
+                    self.counts["seen"] += "images" in request.body and sample["finish_reason"] == "length"
                     self.counts["held"] += "grammar" in request.body and sample["finish_reason"] == "stop"
         self.counts["questions"] += len(self.history.questions)
         self.counts["hello"] += len(self.everybody)

@@ -8,6 +8,7 @@ import fractions
 import math
 from collections import UserDict, deque
 from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
@@ -399,6 +400,11 @@ deep.append(deep)
         ({"logit_bias": [(5, 1.0)]}, "sampling.logit_bias", "[[5, 1.0]]"),
         ({"logit_bias": {2**70: 1.0}}, f"sampling.logit_bias[{2**70}]", str(2**70)),
         ({"logit_bias": {5: 2**70}}, "sampling.logit_bias[5]", str(2**70)),
+        ({"images": "cat.png"}, "images", "cat.png"),
+        ({"images": [b"x", "cat.png"]}, "images[1]", "cat.png"),
+        ({"images": (Path(name) for name in "ab")}, "images[0]", "PosixPath"),
+        ({"images": 3}, "images", "3"),
+        ({"images": {b"x"}}, "images", "set"),
     ],
 )
 def test_what_no_message_can_carry_is_refused_by_name(arguments, field, value):
@@ -407,6 +413,13 @@ def test_what_no_message_can_carry_is_refused_by_name(arguments, field, value):
     assert (caught.value.field, caught.value.value) == (field, value)
     if field is not None:
         assert field.rpartition(".")[0] in caught.value.message
+
+
+def test_images_are_bytes_of_files_and_no_paths():
+    for images in (b"a", bytearray(b"a"), memoryview(b"a"), [b"a"], iter([memoryview(b"a")])):
+        assert generate_message(images=images).images == [b"a"]
+    with pytest.raises(InvalidRequest, match=r"expected the bytes of a file, got str; no path .*read_bytes\(\)"):
+        generate_message(images="cat.png")
 
 
 @pytest.mark.parametrize(

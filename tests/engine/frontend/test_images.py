@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from contextlib import asynccontextmanager
 from hashlib import blake2b
@@ -149,6 +150,33 @@ def test_pixels_are_kept_until_the_request_ends_and_a_new_core_gets_them_again(r
     run(body())
 
 
+@pytest.mark.parametrize("end", ["cancelled", "disconnected", "orphaned", "late"])
+def test_pixels_go_with_their_request_however_it_ends(run, seeing, peering, cores, end):
+    cores.free = False
+    features = [each for each in FEATURES if each != "resume" or end == "orphaned"]
+
+    async def body():
+        async with seeing(orphan_s=0.1) as (house, other):
+            heap = house.frontend.heap
+            async with peering(house, Hello(features=features)) as peer:
+                deadline_s = 0.2 if end == "late" else 60.0
+                peer.say(Generate(stream=3, messages=[TURN], images=FILES, sampling=ONE, deadline_s=deadline_s))
+                await cores.until(lambda: any(isinstance(each, Submit) for each in cores.now.heard))
+                assert heap.num_bytes > 100_000
+                if end == "cancelled":
+                    peer.say(Cancel(stream=3))
+                if end in ("cancelled", "late"):
+                    final = await peer.hear_until(Final)
+                    assert final.samples[0].finish_reason == ("deadline" if end == "late" else end)
+            while heap.num_bytes:
+                await asyncio.sleep(0.01)
+            cores.go_on()
+            other.say(Generate(stream=4, messages=[TURN], images=FILES, sampling=ONE))
+            assert isinstance(await other.hear_until(Final), Final)
+
+    run(body())
+
+
 def test_where_there_is_no_room_for_pixels_a_request_is_refused(run, seeing, words, cores):
     num_bytes = sum(len(image.pixels) for image in expected(words).images)
 
@@ -219,8 +247,9 @@ REFUSED = {
     "long": ({"messages": IMAGE, "images": [bytes(1001)]}, "messages[0].content[1]", "1000 bytes", "1001"),
     "in disguise": (
         {"messages": seen(url=url(picture(9, 9, "BMP")))}, "messages[0].content[0]", "PNG, JPEG, WEBP, GIF", None),
-    "too many": ({"messages": TWO * 3, "images": FILES * 2}, "images", "4", "6"),
-    "too many tokens": ({"messages": TWO, "images": [picture(90, 90)] * 2}, "images", "30 tokens", "40"),
+    "too many": ({"messages": TWO * 3, "images": FILES * 2}, "messages[2].content[0]", "4", "6"),
+    "too many tokens": (
+        {"messages": TWO, "images": [picture(90, 90)] * 2}, "messages[0].content[2]", "30 tokens", "40"),
     "a file's url": ({"messages": seen(url="file:///etc/passwd")}, "messages[0].content[0].url", None, None),
     "a path": ({"messages": seen(url="/etc/passwd")}, "messages[0].content[0].url", None, "/etc/passwd"),
     "an address": ({"messages": seen(url="https://a.example/b.png")}, "messages[0].content[0].url", None, None),

@@ -24,21 +24,10 @@ from cierzo.engine.gateway.asked import read_chat, read_responses
 from cierzo.engine.gateway.asked_images import address
 from cierzo.engine.gateway.fetching import Fetching, is_public
 from cierzo.engine.messages import ImageChunk, TextChunk
-from cierzo.engine.testing.script import ScriptedPrompts
-from cierzo.engine.testing.words import MARKERS, TEMPLATE, bytes_and
-from cierzo.engine.text.chat import ChatTemplate
 from cierzo.engine.text.image_tokens import Grid, grid_of
-from cierzo.engine.text.syntax import syntax_of
-from cierzo.engine.text.template_chat import TemplateChat
-from cierzo.engine.text.tokenizer import Tokenizer
-from cierzo.engine.text.tokenizer_config import TokenizerConfig
 
 FILE, OTHER = picture(60, 90, seed=1), picture(30, 20, "JPEG", seed=2)
 LONG = picture(150, 150, seed=3)  # 90 kB as text: read by a process of its own
-PARTS = (
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'text' %}{{ p.text }}{% else %}[IMG]{% endif %}{% endfor %}{% endif %}"
-)
 
 
 def url(file):
@@ -47,21 +36,7 @@ def url(file):
 
 def seeing(*answers, **options):
     """A server of a model that takes images."""
-    house = HttpHouse(*(answers or ["A cat."]), **options)
-    words = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    tokenizer = Tokenizer(bytes_and(("<s>", "</s>", *MARKERS, *words)), TokenizerConfig())
-    template = ChatTemplate(TEMPLATE.replace("{{ m.content }}", PARTS))
-    ids = [tokenizer.special_ids[word] for word in words]
-    vision = msgspec.structs.replace(VISION, image_token_id=ids[0], break_token_id=ids[1], end_token_id=ids[2])
-    house._prompts = ScriptedPrompts(
-        tokenizer,
-        template=TemplateChat(template, tokenizer),
-        image_token_ids=frozenset(ids[:1]),
-        syntax=syntax_of(tokenizer, None, None),
-        script=house._script,
-    )
-    house._model = msgspec.structs.replace(house._model, vision=vision)
-    return house
+    return HttpHouse(*(answers or ["A cat."]), takes_images=True, **options)
 
 
 def seen(house):
@@ -139,6 +114,25 @@ def test_what_is_wrong_is_told_by_the_name_in_the_body(case):
         assert (
             house.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}).status_code == 200
         )
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"), [({"max_images": 2}, "3 images"), ({"max_image_tokens": 20}, "tokens")]
+)
+def test_the_image_that_goes_beyond_a_limit_of_all_is_named(limits, said):
+    with seeing(**limits) as house:
+        chat = [{"type": "image_url", "image_url": {"url": url(OTHER)}} for _ in range(2)]
+        chat += [{"type": "image_url", "image_url": {"url": url(FILE)}}]
+        turns = [{"role": "user", "content": chat[:1]}, {"role": "user", "content": chat[1:]}]
+        items = [{"type": "input_image", "image_url": url(file)} for file in (OTHER, OTHER, FILE)]
+        for path, body, param in (
+            ("chat/completions", {"messages": turns}, "messages[1].content[1]"),
+            ("responses", {"input": [{"role": "user", "content": items}]}, "input[0].content[2]"),
+        ):
+            answer = house.post(f"/v1/{path}", body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, param)
+            assert said in error["message"]
 
 
 def test_a_model_of_text_refuses_them():
