@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -249,4 +250,6 @@ class StepModel:
     def image_s(self, embeddings: int) -> float:
         """Price the vision tower's work on an image of so many embeddings."""
         works = tower_work(self._model, self.formats, embeddings)
+        if self.device.predicted:  # as the launches of steps are
+            works = [replace(work, operation="linear_in") for work in works]
         return float(sum(sum(price(self.device, work).roofs_s.values()) for work in works))
