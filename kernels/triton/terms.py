@@ -62,7 +62,7 @@ def sum_terms(terms: Terms) -> Tensor:
     """See ops/terms.py."""
     rows, width = terms.shape
     out = terms.values.new_empty(rows, width, dtype=terms.dtype)
-    configuration = sum_configuration(POINTER[terms.dtype], Layout.of(terms), width)
+    configuration = sum_configuration(POINTER[terms.dtype], layout(*form(terms)), width)
     grid = (rows, divide_up(width, configuration.constants["BLOCK"]))
     launch(configuration, grid, out_ptr=out, **arguments(terms))
     return out
@@ -122,8 +122,9 @@ def arguments(rows: Summands) -> dict[str, Any]:
     """Arguments that Layout.types names."""
     if isinstance(rows, Tensor):
         return {"x_ptr": rows}
-    shares = {} if rows.weights is None else {"shares_ptr": rows.weights}
-    return {"x_ptr": rows.values, "tokens": rows.shape[0], **shares}
+    if rows.weights is None:
+        return {"x_ptr": rows.values, "tokens": rows.values.shape[1]}
+    return {"x_ptr": rows.values, "tokens": rows.weights.shape[0], "shares_ptr": rows.weights}
 
 
 @kept
