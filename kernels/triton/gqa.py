@@ -98,8 +98,8 @@ def gqa_decode(
     out = q.new_empty(q.shape)
     finish = into_rows(out, shape, sinks)
     made = split.plan(queries, shape, out.shape[0])
-    pages = {"k_pages_ptr": k_pages, "v_pages_ptr": v_pages}
-    split.decode(configuration, out, made, shape, scale * LOG2_E, finish, q_ptr=q, **pages)
+    factor = scale * LOG2_E
+    split.decode(configuration, out, made, shape, factor, finish, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages)
     return out
 
 

@@ -256,12 +256,18 @@ def decode_into(
     found = _decoding(queries, q.dtype, q.shape, q.stride(), pages.dtype, pages.shape[1], rank, finish, sizes)
     factor = scale * LOG2_E * found.unfold
     added = split.Finish(*found.finish, own)
-    tables = {"mates_ptr": found.tables[0], "members_ptr": found.tables[1]}
     split.decode(
-        *(found.configuration, out, found.plan, found.shape, factor, added, found.mates),
+        found.configuration,
+        out,
+        found.plan,
+        found.shape,
+        factor,
+        added,
+        found.mates,
         q_ptr=q,
         pages_ptr=pages,
-        **tables,
+        mates_ptr=found.tables[0],
+        members_ptr=found.tables[1],
     )
 
 

@@ -216,7 +216,7 @@ def expert_terms(
     first = {**_operand("x", rows), **_operand("inner", inner), **_static(down)}
     first |= pointers(gate_up, planned.described)
     second = pointers(down, planned.down_described)
-    if together:
+    if together and shared_gate_up is not None and shared_down is not None:
         first |= {**_static(shared_down, "shared_"), **pointers(shared_gate_up, planned.described, "shared_")}
         second |= pointers(shared_down, planned.down_described, "shared_")
     launch(planned.gate_up, planned.grid, order_ptr=order, starts_ptr=starts, tokens=tokens, **first)
