@@ -30,14 +30,14 @@ def test_a_launch_of_cuda_has_no_cost_that_only_an_error_has(told: dict[str, Any
 REACHED = {
     "rope_tables": 3.0,
     "sum_terms": 3.0,
-    "mla_values": 3.0,
-    "add_rms_norm": 3.6,
-    "lm_head": 3.6,
-    "linear_terms": 5.0,
-    "expert_terms": 5.5,
-    "absorbed_queries": 6.9,
-    "route_groups": 9.4,
-    "latents_of": 9.2,
+    "mla_values": 2.9,
+    "add_rms_norm": 3.5,
+    "lm_head": 3.5,
+    "linear_terms": 4.5,
+    "expert_terms": 5.3,
+    "absorbed_queries": 6.6,
+    "route_groups": 9.2,
+    "latents_of": 8.4,
 }
 
 
@@ -53,11 +53,11 @@ def test_operations_make_their_configurations_once(told: dict[str, Any]) -> None
 
 
 def test_a_decode_layer_takes_few_times_its_launches(told: dict[str, Any]) -> None:
-    """Of experts in NVFP4: 4.1 times were reached, 11 us a launch where a prepared one takes 2.7; 3, or 8 us, are
+    """Of experts in NVFP4: 4.0 times were reached, 10.3 us a launch where a prepared one takes 2.7; 3, or 8 us, are
     aimed at."""
     formats = {"latents_of": "fp8", "absorbed_queries": "fp8", "linear_terms": "fp8", "expert_terms": "nvfp4"}
     layer = (*formats, "mla_values", "add_rms_norm", "route_groups")
     found = [told["operations"][f"{one}, {formats.get(one, 'bf16')}"] for one in layer]
     launches, host_us = (sum(numbers) for numbers in zip(*found, strict=True))
     assert launches == 11
-    assert host_us / launches < 4.9 * told["launch"], told
+    assert host_us / launches < 4.8 * told["launch"], told
