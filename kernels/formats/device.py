@@ -39,7 +39,7 @@ class DeviceFormatError(ValueError):
     """Tensors do not make a matrix of that format, or a weight does not fit it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class DeviceMatrix:
     """Weights [n,k] or [E,n,k] in one of the formats above; E is 1 in the tensors of the former. Never written.
 

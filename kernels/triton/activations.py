@@ -145,7 +145,7 @@ def quantise_pairs(
 def empty_rows(like: Rows, count: int, width: int) -> QuantisedRows:
     """Uninitialised rows [count, width], on the device of `like` and for its dtype."""
     codes = torch.empty(count, width, dtype=E4M3, device=like.device)
-    return QuantisedRows(codes, torch.empty(count, dtype=torch.float32, device=like.device), like.dtype)
+    return QuantisedRows(codes, codes.new_empty(count, dtype=torch.float32), like.dtype)
 
 
 def row_pointers(rows: QuantisedRows, scale: Tensor | None) -> dict[str, Tensor]:

@@ -146,10 +146,17 @@ def _combine(
     tl.store(out, value.to(out_ptr.dtype.element_ty), mask=tl.where(columns < W, stored, False))
 
 
-def into_rows(out: Tensor, shape: Shape, sinks: Tensor | None = None, together: int = 1) -> Finish:
-    """Sums as rows of out [T, Hk G, W]. sinks: fp32 [Hk G]. together: sequences that may share a program."""
-    configuration = combine_configuration(POINTER[out.dtype], shape, sinks is not None, together)
+def into_rows(out: Tensor, shape: Shape, sinks: Tensor | None = None) -> Finish:
+    """Sums as rows of out [T, Hk G, W]. sinks: fp32 [Hk G]."""
+    configuration = combine_configuration(POINTER[out.dtype], shape, sinks is not None)
     return Finish(configuration, (out.shape[0], out.shape[1]), {} if sinks is None else {"sinks_ptr": sinks})
+
+
+def combine_rows(
+    shape: Shape, together: int, pointer: str, tokens: int, heads: int
+) -> tuple[Configuration, tuple[int, int]]:
+    """The kernel that leaves sums as rows of [T,Hk G,W], and its grid. pointer: to these, such as "*bf16"."""
+    return combine_configuration(pointer, shape, together=together), (tokens, heads)
 
 
 @kept

@@ -97,9 +97,9 @@ def gqa_decode(
     )
     out = q.new_empty(q.shape)
     finish = into_rows(out, shape, sinks)
-    split.decode(
-        configuration, out, queries, shape, scale, finish, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages
-    )
+    made = split.plan(queries, shape, out.shape[0])
+    factor = scale * LOG2_E
+    split.decode(configuration, out, made, shape, factor, finish, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages)
     return out
 
 

@@ -12,20 +12,22 @@ taken for true.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import GROUP
 from cierzo.kernels.formats.four_bit import STRETCH
-from cierzo.kernels.triton.launch import ALIGNMENT
+from cierzo.kernels.triton.launch import ALIGNMENT, KEPT_RESULTS
 from cierzo.kernels.triton.product import Weights
 
 WIDTH_KEEPS_BITS = True  # see above; widths.py sets it
 _forced: Tile | None = None  # instead of any other
+_Chooser = TypeVar("_Chooser", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,3 +260,33 @@ def thresholds() -> list[int]:
     widths = {one.block_t for sizes in SIZED.values() for one in sizes}
     described = [] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1]
     return [NARROW_TOKENS, *sorted(widths), APART_TOKENS, *described]
+
+
+# --- choices that are kept ---------------------------------------------------------------------------------
+
+_before: tuple[Any, ...] = ()
+_changes = 0
+
+
+def decided(choose: _Chooser) -> _Chooser:
+    """Keep what a function chooses for arguments, all hashable and given by position, while this file's settings
+    are as they were. Numbers of tokens may be among them: steps of a decode have few, and find theirs again."""
+
+    @lru_cache(maxsize=KEPT_RESULTS, typed=True)
+    def found(_: int, *arguments: Any) -> Any:
+        return choose(*arguments)
+
+    @wraps(choose)
+    def find(*arguments: Any) -> Any:
+        return found(_settings(), *arguments)
+
+    return find  # type: ignore[return-value]  # its arguments are those of `choose`
+
+
+def _settings() -> int:
+    """How often what choices depend on beside their arguments has changed."""
+    global _before, _changes
+    now = (WIDTH_KEEPS_BITS, DESCRIBED_TOKENS, _forced, TILES, SIZED, APART_TOKENS, LEAST_COLUMNS)
+    if now != _before:
+        _before, _changes = now, _changes + 1
+    return _changes

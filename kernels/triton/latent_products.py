@@ -21,11 +21,12 @@ from torch import Tensor
 from cierzo.kernels import check
 from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
+from cierzo.kernels.formats.device import E4M3
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands
-from cierzo.kernels.triton.activations import empty_rows, row_pointers, row_warps
+from cierzo.kernels.triton.activations import empty_rows, row_warps
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.heuristics import Parts, Tile, narrow, reading, tile
+from cierzo.kernels.triton.heuristics import Parts, Tile, decided, narrow, reading, tile
 from cierzo.kernels.triton.latents import (
     ABSORBING_WARPS,
     absorb_configuration,
@@ -50,7 +51,7 @@ from cierzo.kernels.triton.norm import (
 from cierzo.kernels.triton.paged import require_pages
 from cierzo.kernels.triton.product import Weights, pointers, row_stride
 from cierzo.kernels.triton.stages import end_of_first, end_of_second, next_place, tickets, wait_for_firsts
-from cierzo.kernels.triton.terms import Layout, arguments
+from cierzo.kernels.triton.terms import Layout, arguments, form, layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,9 @@ class Cut:
         """The parts as terms."""
         return Layout("*fp32", self.weights.rows, self.parts.count, 0, False)
 
-    def empty(self, x: Rows) -> Tensor:
-        """Memory for the parts [P,T,N]."""
-        shape = (self.parts.count, x.shape[0], self.weights.rows)
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
+    def shape(self, tokens: int) -> tuple[int, int, int]:
+        """Shape of the parts [P,T,N]."""
+        return self.parts.count, tokens, self.weights.rows
 
     def configuration(self, kernel: Any, second: Configuration, names: Mapping[str, str]) -> Configuration:
         """The configuration of `kernel`, whose stages are this product and `second`, which reads its parts; names:
@@ -208,37 +208,46 @@ def latents_of(
 ) -> Rows:
     """See ops/latents.py."""
     require_pages("latents_of", pages=pages)
-    width, rows, static = query_norm.shape[0], residual.shape[0], static_scales(down)
-    fp8 = takes_fp8(down)
-    normed: Rows = empty_rows(residual, *residual.shape) if fp8 else residual.new_empty(residual.shape)
-    cut = _cut("latents_of", normed, down)
-    how: Codes = "" if not fp8 else "by row" if static is None else "static"
-    if cut is None or cut.tile.num_warps != row_warps(width):
-        normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
-        rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots, quantised, scale)
-        return norm_latents(linear_terms(normed, down), *rest)
-    codes = empty_rows(query_norm, rows, width) if quantised else None
-    out = query_norm.new_empty(rows, width) if codes is None else codes
-    written = {"out_ptr": out} if codes is None else row_pointers(codes, scale)
+    width, rows, static, fp8 = query_norm.shape[0], residual.shape[0], static_scales(down), takes_fp8(down)
+    planned = _latents(
+        Weights.of("latents_of", down),
+        "" if not fp8 else "by row" if static is None else "static",
+        (residual.dtype, residual.shape, residual.stride(0)),
+        None if x is None else form(x),
+        (query_norm.dtype, pages.dtype),
+        (width, kv_norm.shape[0], cos.shape[1]),
+        interleaved,
+        "" if not quantised else "by row" if scale is None else "static",
+        multiprocessors(residual.device),
+    )
     before: dict[str, Any] = {}
-    first: Configuration | None = None
-    if x is None or cut.tile.num_warps != norm_warps(residual.shape[1], how):
-        normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
-    else:
-        pointer = POINTER[residual.dtype]
-        first = norm_configuration(pointer, residual.shape[1], Layout.of(x), how, residual.stride(0))
+    if planned is not None and planned.with_norm and x is not None:
+        columns = residual.shape[1]
+        normed: Rows = empty_rows(residual, rows, columns) if fp8 else residual.new_empty(rows, columns)
         before = {"residual_ptr": residual, "norm_ptr": norm_weight, "norm_eps": norm_eps, **arguments(x)}
         before["terms_ptr"] = before.pop("x_ptr")
-        before |= {} if static is None else {"norm_static_ptr": static}
-    types = (POINTER[query_norm.dtype], POINTER[pages.dtype])
-    sizes = (width, kv_norm.shape[0], cos.shape[1])
-    reduced = codes is not None and scale is not None
-    configuration = latents_of_configuration(cut, first, types, sizes, interleaved, quantised, reduced)
+        if static is not None:
+            before["norm_static_ptr"] = static
+    else:
+        normed = _normed(x, residual, norm_weight, norm_eps, fp8, static)
+    if planned is None:
+        rest = (query_norm, kv_norm, eps, cos, sin, interleaved, pages, slots, quantised, scale)
+        return norm_latents(linear_terms(normed, down), *rest)
+    before["tokens"] = rows
+    out: Rows
+    if quantised:
+        out = empty_rows(query_norm, rows, width)
+        before["out_codes_ptr"], before["out_scales_ptr"] = out.codes, out.scales
+        if scale is not None:
+            before["static_ptr"] = scale
+    else:
+        before["out_ptr"] = out = query_norm.new_empty(rows, width)
     launch(
-        configuration,
-        (cut.programs(rows) + (2 if first is None else 3) * rows,),
-        **(_operands(normed, down) | before | {OWN.get(name, name): value for name, value in written.items()}),
-        parts_ptr=cut.empty(normed),
+        planned.configuration,
+        planned.grid,
+        **_operands(normed, down),
+        **before,
+        parts_ptr=residual.new_empty(*planned.parts, dtype=torch.float32),
         q_weight_ptr=query_norm,
         kv_weight_ptr=kv_norm,
         cos_ptr=cos.contiguous(),
@@ -247,9 +256,48 @@ def latents_of(
         slots_ptr=slots,
         tickets_ptr=tickets(pages.device),
         eps=eps,
-        **({} if "tokens" in before else {"tokens": rows}),
     )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A launch whose choices are made. parts: their shape [P,T,N]. with_norm: whether the norm is a stage of it."""
+
+    configuration: Configuration
+    grid: tuple[int]
+    parts: tuple[int, int, int]
+    with_norm: bool = False
+
+
+@decided
+def _latents(
+    weights: Weights,
+    how: Codes,
+    residual: tuple[torch.dtype, torch.Size, int],
+    terms: tuple[Any, ...] | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int],
+    interleaved: bool,
+    written: Codes,
+    processors: int,
+) -> Planned | None:
+    """The launch of `latents_of`, if its stages are in one. how, written: in which form the norms before and after
+    the product leave rows. residual: dtype, shape and stride. terms: their form. dtypes: of the latents' norms and
+    of pages. sizes: Q, R, and P / 2."""
+    dtype, (rows, columns), stride = residual
+    cut = _cut(weights, E4M3 if how else dtype, columns, rows, processors)
+    if cut is None or cut.tile.num_warps != row_warps(sizes[0]):
+        return None
+    first: Configuration | None = None
+    if terms is not None and cut.tile.num_warps == norm_warps(columns, how):
+        first = norm_configuration(POINTER[dtype], columns, layout(*terms), how, stride)
+    types = (POINTER[dtypes[0]], POINTER[dtypes[1]])
+    configuration = latents_of_configuration(
+        cut, first, types, sizes, interleaved, bool(written), written == "static"
+    )
+    grid = (cut.programs(rows) + (2 if first is None else 3) * rows,)
+    return Planned(configuration, grid, cut.shape(rows), first is not None)
 
 
 def _normed(
@@ -310,21 +358,27 @@ def absorbed_queries(
     if not isinstance(w_uk_t, Tensor):
         check.require("absorbed_queries", False, "w_uk_t is packed; on a GPU it must be a tensor")
         raise AssertionError
-    heads, rank, nope = w_uk_t.shape
-    rows, pairs = x.shape[0], cos.shape[1]
-    sizes = (heads, nope, rank, pairs)
-    cut = _cut("absorbed_queries", x, query_up)
-    if cut is None or cut.tile.num_warps != ABSORBING_WARPS:
+    scaled = scale is not None
+    planned = None
+    if not (isinstance(x, Tensor) and takes_fp8(query_up)):  # else rows that are to be quantised first
+        codes = x if isinstance(x, Tensor) else x.codes
+        planned = _queries(
+            Weights.of("absorbed_queries", query_up),
+            (codes.dtype, row_stride("absorbed_queries", "x", codes), codes.shape[0]),
+            (w_uk_t.dtype, w_uk_t.shape, cos.shape[1]),
+            interleaved,
+            scaled,
+            multiprocessors(codes.device),
+        )
+    if planned is None:
         return rotate_and_absorb(linear_terms(x, query_up), w_uk_t, cos, sin, interleaved, scale)
+    (heads, rank, _), rows, pairs = w_uk_t.shape, x.shape[0], cos.shape[1]
     out = w_uk_t.new_empty(rows, heads, rank + 2 * pairs)
-    configuration = queries_configuration(cut, POINTER[w_uk_t.dtype], sizes, interleaved, scale is not None)
-    sizes_of = configuration.constants
-    seconds = divide_up(rows, sizes_of["TOKENS"]) * heads * divide_up(rank, sizes_of["OUTPUTS"])
     launch(
-        configuration,
-        (cut.programs(rows) + seconds,),
+        planned.configuration,
+        planned.grid,
         **_operands(x, query_up),
-        parts_ptr=cut.empty(x),
+        parts_ptr=w_uk_t.new_empty(*planned.parts, dtype=torch.float32),
         weight_ptr=w_uk_t.contiguous(),
         cos_ptr=cos.contiguous(),
         sin_ptr=sin.contiguous(),
@@ -337,6 +391,28 @@ def absorbed_queries(
     return out
 
 
+@decided
+def _queries(
+    weights: Weights,
+    x: tuple[torch.dtype, int, int],
+    absorbing: tuple[torch.dtype, torch.Size, int],
+    interleaved: bool,
+    scaled: bool,
+    processors: int,
+) -> Planned | None:
+    """The launch of `absorbed_queries`, if its stages are in one. x: dtype, stride and number of rows. absorbing:
+    dtype and shape of W_UK, and P / 2."""
+    dtype, stride, rows = x
+    cut = _cut(weights, dtype, stride, rows, processors)
+    if cut is None or cut.tile.num_warps != ABSORBING_WARPS:
+        return None
+    of, (heads, rank, nope), pairs = absorbing
+    configuration = queries_configuration(cut, POINTER[of], (heads, nope, rank, pairs), interleaved, scaled)
+    known = configuration.constants
+    seconds = divide_up(rows, known["TOKENS"]) * heads * divide_up(rank, known["OUTPUTS"])
+    return Planned(configuration, (cut.programs(rows) + seconds,), cut.shape(rows))
+
+
 @kept
 def queries_configuration(
     cut: Cut, pointer: str, sizes: tuple[int, int, int, int], interleaved: bool, scaled: bool
@@ -347,15 +423,11 @@ def queries_configuration(
     return cut.configuration(_absorbed_queries, second, own)
 
 
-def _cut(operation: str, x: Rows, matrix: Matrix) -> Cut | None:
-    """How a product is cut, if each part has programs of its own and x is read as it is."""
-    if isinstance(x, Tensor) and takes_fp8(matrix):
-        return None
-    weights, tokens = Weights.of(operation, matrix), x.shape[0]
-    codes = x if isinstance(x, Tensor) else x.codes
-    stride, pointer = row_stride(operation, "x", codes), POINTER[codes.dtype]
-    chosen, parts = narrow(weights, tile(weights, pointer, False, tokens), tokens, multiprocessors(x.device))
-    if not parts.apart or tokens == 0 or reading(chosen, weights, tokens, stride * codes.element_size()).described:
+def _cut(weights: Weights, dtype: torch.dtype, stride: int, tokens: int, processors: int) -> Cut | None:
+    """How a product is cut, if each part has programs of its own and x is read as it is. dtype, stride: of rows."""
+    pointer = POINTER[dtype]
+    chosen, parts = narrow(weights, tile(weights, pointer, False, tokens), tokens, processors)
+    if not parts.apart or tokens == 0 or reading(chosen, weights, tokens, stride * dtype.itemsize).described:
         return None
     return Cut(weights, chosen, parts, (pointer, stride))
 

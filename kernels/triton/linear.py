@@ -9,6 +9,7 @@ products that begins at zero, and the parts are added in order, in fp32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
+from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, decided, narrow, reading, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
@@ -140,12 +141,13 @@ def _sum_parts(parts_ptr, out_ptr, tokens, N: tl.constexpr, PARTS: tl.constexpr,
 
 def linear(x: Rows, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
-    return multiply("linear", x, weight, _empty(x, weight.shape[0]))
+    found: Tensor = multiply("linear", x, weight, None)
+    return found
 
 
 def linear_terms(x: Rows, weight: Matrix) -> Summands:
     """See ops/linear.py."""
-    return multiply("linear_terms", x, weight, _empty(x, weight.shape[0]), terms=True)
+    return multiply("linear_terms", x, weight, None, terms=True)
 
 
 def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
@@ -191,7 +193,7 @@ def multiply(
     operation: str,
     x: Rows,
     matrix: Matrix,
-    out: Tensor,
+    out: Tensor | None,
     paired: bool = False,
     copied: int = 0,
     static: Tensor | None = None,
@@ -200,40 +202,87 @@ def multiply(
 ) -> Any:
     """out = x @ matrix^T; paired: silu(gate) * up, of gate above up. static, out_scales: for e4m3 out, the scale to
     quantise by, and the rows' scales. terms: parts of k that are apart are given as they are, and out is not
-    written."""
-    weights = Weights.of(operation, matrix)
-    tokens = x.shape[0]
+    written. Without out, the result is in x's dtype."""
     if isinstance(x, Tensor) and takes_fp8(matrix):
         if x.dim() == 3:
             raise ArgumentError(f"{operation}: heads are multiplied in 16 bits, the matrix takes FP8")
         x = quantise_rows(x, static_scales(matrix))
+    dtype = x.dtype
     x, x_scales = (x, None) if isinstance(x, Tensor) else (x.codes, x.scales)
-    by_heads = x.dim() == 3
-    strides = row_stride(operation, "x", x), x.stride(1) if by_heads else 0
-    out_strides = out.stride(0) if tokens != 1 else out[0].numel(), out.stride(1) if by_heads else 0
-    chosen, cut = tile(weights, POINTER[x.dtype], paired, tokens), Parts(1, weights.k)
-    if not (paired or by_heads):  # gate and up are wide, and heads are many
-        chosen, cut = narrow(weights, chosen, tokens, multiprocessors(x.device))
-    if not by_heads:
-        chosen = reading(chosen, weights, tokens, strides[0] * x.element_size())
+    weights, tokens, by_heads = Weights.of(operation, matrix), x.shape[0], x.dim() == 3
+    width = weights.rows if out is None else out.stride(0) if tokens != 1 else out[0].numel()
+    planned = _product(
+        weights,
+        (x.dtype, dtype if out is None else out.dtype),
+        (tokens, x.shape[1] if by_heads else 0),
+        (row_stride(operation, "x", x), x.stride(1) if by_heads else 0),
+        (width, out.stride(1) if by_heads and out is not None else 0),
+        paired,
+        copied,
+        multiprocessors(x.device),
+    )
     # Allocated in each call: torch keeps the memory of a captured graph in the graph's own pool.
-    target = out.new_empty(cut.count, *out.shape, dtype=torch.float32) if cut.apart else out
-    types = POINTER[x.dtype], POINTER[target.dtype]
+    if planned.sum is not None:
+        target = x.new_empty(planned.parts, tokens, weights.rows, dtype=torch.float32)
+    else:
+        target = out = x.new_empty(tokens, weights.rows, dtype=dtype) if out is None else out
+    present = pointers(matrix, planned.described)
+    if x_scales is not None:
+        present["x_scales_ptr"] = x_scales
+    if static is not None:
+        present["static_ptr"] = static
+    if out_scales is not None:
+        present["out_scales_ptr"] = out_scales
+    launch(planned.configuration, planned.grid, x_ptr=x, out_ptr=target, tokens=tokens, **present)
+    if planned.sum is None:
+        return out
+    if terms:
+        return Terms(target, None, dtype)
+    out = x.new_empty(tokens, weights.rows, dtype=dtype) if out is None else out
+    launch(planned.sum, (tokens, planned.sums), parts_ptr=target, out_ptr=out, tokens=tokens)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A product whose choices are made. sum: the launch that adds up parts, if they have programs of their own, and
+    its programs for a token."""
+
+    configuration: Configuration
+    grid: tuple[int, int, int]
+    described: bool
+    parts: int
+    sum: Configuration | None
+    sums: int
+
+
+@decided
+def _product(
+    weights: Weights,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rows: tuple[int, int],
+    strides: tuple[int, int],
+    out_strides: tuple[int, int],
+    paired: bool,
+    copied: int,
+    processors: int,
+) -> _Planned:
+    """The launches of a product. dtypes: of x and of the result. rows: tokens, and heads or 0. Strides: of a token
+    and of a head, in values."""
+    (of_x, of_out), (tokens, heads) = (POINTER[dtype] for dtype in dtypes), rows
+    chosen, cut = tile(weights, of_x, paired, tokens), Parts(1, weights.k)
+    if not (paired or heads):  # gate and up are wide, and heads are many
+        chosen, cut = narrow(weights, chosen, tokens, processors)
+    if not heads:
+        chosen = reading(chosen, weights, tokens, strides[0] * dtypes[0].itemsize)
+    types = of_x, "*fp32" if cut.apart else of_out
     configuration = linear_configuration(types, weights, chosen, strides, out_strides, paired, copied, cut)
     outputs = weights.rows // 2 if paired else weights.rows
     tiles = divide_up(tokens, chosen.block_t) * divide_up(outputs, chosen.block_n)
-    grid = (tiles, x.shape[1] if by_heads else 1, cut.count if cut.apart else 1)
-    scales = {"x_scales_ptr": x_scales, "static_ptr": static, "out_scales_ptr": out_scales}
-    present = {name: tensor for name, tensor in scales.items() if tensor is not None}
-    present |= pointers(matrix, chosen.described)
-    launch(configuration, grid, x_ptr=x, out_ptr=target, tokens=tokens, **present)
-    if cut.apart and terms:
-        return Terms(target, None, out.dtype)
-    if cut.apart:
-        configuration = sum_parts_configuration(POINTER[out.dtype], weights.rows, cut.count)
-        sums = (tokens, divide_up(weights.rows, SUM_BLOCK))
-        launch(configuration, sums, parts_ptr=target, out_ptr=out, tokens=tokens)
-    return out
+    grid = (tiles, heads or 1, cut.count if cut.apart else 1)
+    total = sum_parts_configuration(of_out, weights.rows, cut.count) if cut.apart else None
+    sums = divide_up(weights.rows, SUM_BLOCK)
+    return _Planned(configuration, grid, chosen.described, cut.count, total, sums)
 
 
 @cache

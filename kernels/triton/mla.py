@@ -11,23 +11,26 @@ a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels import check
+from cierzo.kernels.derived import derived
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
 from cierzo.kernels.triton.chain import after_others, chained
-from cierzo.kernels.triton.combine import into_rows
+from cierzo.kernels.triton.combine import combine_rows
 from cierzo.kernels.triton.expand import expand
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import anew, load_tile, page_rows, require_attention, tile_width, value_bits
-from cierzo.kernels.triton.prefix import guests, lent, prefixes
+from cierzo.kernels.triton.prefix import Prefixes, guests, lent, prefixes
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
 from cierzo.kernels.triton.split import Shape, add_partial, load_item, round_items, store_partial
 from cierzo.kernels.triton.widen import DOWN, LIFT, UNFOLD, UP, folded, widened
@@ -230,8 +233,9 @@ def _mla_attend(
 
 def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, rank: int) -> Tensor:
     """See ops/attention.py. Pages of q's dtype or of float8_e4m3fn."""
-    out = q.new_empty(*q.shape[:2], rank)
-    decode_into(out, q, pages, queries, scale, rank)
+    tokens, heads, _ = q.shape
+    out = q.new_empty(tokens, heads, rank)
+    decode_into(out, q, pages, queries, scale, rank, combine_rows, (POINTER[q.dtype], tokens, heads), {})
     return out
 
 
@@ -242,31 +246,70 @@ def decode_into(
     queries: PagedQueries,
     scale: float,
     rank: int,
-    finish: Callable[[Shape, int], split.Finish] | None = None,
+    finish: Callable[..., tuple[Configuration, tuple[int, ...]]],
+    sizes: tuple[Any, ...],
+    own: Mapping[str, Any],
 ) -> None:
-    """mla_decode into out; finish: what adds up the partial results of a shape, of so many sequences that may share
-    a program."""
+    """mla_decode into out; finish: gives what adds up the partial results of a shape, of so many sequences that may
+    share a program, and `sizes`, with its grid; own: arguments of that."""
     require_attention("mla_decode", q, pages=pages)
-    heads, width = q.shape[1:]
+    found = _decoding(queries, q.dtype, q.shape, q.stride(), pages.dtype, pages.shape[1], rank, finish, sizes)
+    factor = scale * LOG2_E * found.unfold
+    added = split.Finish(*found.finish, own)
+    split.decode(
+        found.configuration,
+        out,
+        found.plan,
+        found.shape,
+        factor,
+        added,
+        found.mates,
+        q_ptr=q,
+        pages_ptr=pages,
+        mates_ptr=found.tables[0],
+        members_ptr=found.tables[1],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """A step's decoding, whose choices are made. tables: of mates and members. finish: what adds up partial
+    results, and its grid."""
+
+    shape: Shape
+    configuration: Configuration
+    plan: split.Plan
+    mates: Prefixes | None
+    tables: tuple[Tensor, Tensor]
+    unfold: float
+    finish: tuple[Configuration, tuple[int, ...]]
+
+
+@derived
+def _decoding(
+    queries: PagedQueries,
+    dtype: torch.dtype,
+    size: torch.Size,
+    strides: tuple[int, ...],
+    of_pages: torch.dtype,
+    block_tokens: int,
+    rank: int,
+    finish: Callable[..., tuple[Configuration, tuple[int, ...]]],
+    sizes: tuple[Any, ...],
+) -> _Decoding:
+    """The decoding of this step, made once for all layers. dtype, size, strides: of the queries."""
+    (tokens, heads, width), pointers = size, (POINTER[dtype], POINTER[of_pages])
     shape = split.walked(queries, Shape(kv_heads=1, group=heads, width=rank, cut=split.WALKED))
     together = shape.rows // heads
-    mates = prefixes(queries, pages.shape[1], together)
-    fold = folded(POINTER[q.dtype], POINTER[pages.dtype])
+    mates = prefixes(queries, block_tokens, together)
     configuration = decode_configuration(
-        POINTER[q.dtype],
-        POINTER[pages.dtype],
-        shape,
-        width - rank,
-        pages.shape[1],
-        (q.stride(0), q.stride(1)),
-        together if mates else 1,
+        *pointers, shape, width - rank, block_tokens, (strides[0], strides[1]), together if mates else 1
     )
     # Without mates their tables are not read.
     tables = (mates.mates, mates.members) if mates else (queries.query_starts, queries.query_starts)
-    arguments = {"q_ptr": q, "pages_ptr": pages, "mates_ptr": tables[0], "members_ptr": tables[1]}
-    shared, unfold = mates.together if mates else 1, UNFOLD if fold else 1.0
-    finished = into_rows(out, shape, together=shared) if finish is None else finish(shape, shared)
-    split.decode(configuration, out, queries, shape, scale, finished, mates, unfold, **arguments)
+    shared, unfold = mates.together if mates else 1, UNFOLD if folded(*pointers) else 1.0
+    made = split.plan(queries, shape, tokens)
+    return _Decoding(shape, configuration, made, mates, tables, unfold, finish(shape, shared, *sizes))
 
 
 def mla_prefill(

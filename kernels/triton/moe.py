@@ -17,14 +17,18 @@ an expert has. A program finds its expert and its rows in `starts`; programs pas
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.cuda.launch.kernel import divide_up
+from cierzo.kernels.derived import derived
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
+from cierzo.kernels.formats.device import E4M3
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.terms import Terms
 from cierzo.kernels.triton.activations import (
@@ -38,9 +42,10 @@ from cierzo.kernels.triton.activations import (
 )
 from cierzo.kernels.triton.chain import after_others, chained
 from cierzo.kernels.triton.four_bit import in_order
-from cierzo.kernels.triton.heuristics import Tile, reading, rows_of_most, spread, tile
+from cierzo.kernels.triton.heuristics import Tile, decided, reading, rows_of_most, spread, tile
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.linear import gated_mlp_into, multiprocessors
+from cierzo.kernels.triton.norm import Codes
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 from cierzo.kernels.triton.terms import sum_terms
 
@@ -185,52 +190,118 @@ def expert_terms(
     """See ops/moe.py. A shared expert of the same width and format as the others is one more expert in their
     launches; any other has launches of its own."""
     tokens, slots = weights.shape
-    width, inner_width, experts = x.shape[1], down.shape[2], down.shape[0]
-    up_weights, down_weights = Weights.of("expert_mlp", gate_up), Weights.of("expert_mlp", down)
     with_shared = shared_gate_up is not None and shared_down is not None
-    together = with_shared and _alike(gate_up, shared_gate_up) and _alike(down, shared_down)
-    pairs = tokens * slots
-    outputs = x.new_empty(pairs + (tokens if with_shared else 0), width)
-    groups = {"order_ptr": order, "starts_ptr": starts}
-
-    def run(
-        configuration: Configuration, chosen: Tile, across: int, first: dict[str, Tensor], *matrices: Any
-    ) -> None:
-        tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
-        shared = pointers(matrices[1], chosen.described, "shared_") if together else {}
-        grid = (tiles * divide_up(across, chosen.block_n),)
-        read = pointers(matrices[0], chosen.described)
-        launch(configuration, grid, **first, **groups, **read, **shared, tokens=tokens)
-
+    layer = _layer(gate_up, down, shared_gate_up, shared_down)
+    together, pairs = layer.together, tokens * slots
     rows: Rows = x
-    if takes_fp8(gate_up):
-        rows = quantise_pairs(
-            x, order, starts, slots, (static_scales(gate_up), static_scales(shared_gate_up)), together
-        )
-    inner = x.new_empty(pairs + (tokens if together else 0), inner_width)
-    codes = empty_rows(x, *inner.shape) if static_scales(down) is not None else None
-    first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
-    first |= _static(shared_down, "shared_") if together else {}
-    types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
-    most, matrices, processors = rows_of_most(pairs, experts), min(pairs, experts), multiprocessors(x.device)
-    matrices += int(together)
-    chosen = spread(tile(up_weights, types[0], True, most), up_weights, inner_width, matrices, processors)
-    stride = row_stride("expert_mlp", "x", first["x_ptr"])
-    # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
-    chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
-    configuration = gate_up_configuration(types, up_weights, chosen, experts, slots, together, stride)
-    run(configuration, chosen, inner_width, first, gate_up, shared_gate_up)
-    if codes is None and takes_fp8(down):
-        codes = quantise_rows(inner, None)
-    first = _operand("inner", inner if codes is None else codes)
-    types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
-    chosen = spread(tile(down_weights, types[0], False, most), down_weights, width, matrices, processors)
-    chosen = reading(chosen, down_weights, tokens, inner_width * first["inner_ptr"].element_size())
-    configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
-    run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
+    if layer.fp8:
+        static = static_scales(gate_up), static_scales(shared_gate_up)
+        rows = quantise_pairs(x, order, starts, slots, static, together)
+    planned = _experts(
+        layer.up,
+        layer.down,
+        together,
+        (tokens, slots, layer.experts),
+        (x.dtype, row_stride("expert_mlp", "x", x) if rows is x else None),
+        layer.inner,
+        multiprocessors(x.device),
+    )
+    outputs = x.new_empty(pairs + (tokens if with_shared else 0), layer.down.rows)
+    inner_rows = pairs + (tokens if together else 0)
+    inner: Rows
+    if layer.inner == "static":
+        inner = empty_rows(x, inner_rows, layer.down.k)
+    else:
+        inner = x.new_empty(inner_rows, layer.down.k)
+    first = {**_operand("x", rows), **_operand("inner", inner), **_static(down)}
+    first |= pointers(gate_up, planned.described)
+    second = pointers(down, planned.down_described)
+    if together and shared_gate_up is not None and shared_down is not None:
+        first |= {**_static(shared_down, "shared_"), **pointers(shared_gate_up, planned.described, "shared_")}
+        second |= pointers(shared_down, planned.down_described, "shared_")
+    launch(planned.gate_up, planned.grid, order_ptr=order, starts_ptr=starts, tokens=tokens, **first)
+    if layer.inner == "by row" and isinstance(inner, Tensor):
+        inner = quantise_rows(inner, None)
+    second |= _operand("inner", inner)
+    launch(
+        planned.down,
+        planned.down_grid,
+        order_ptr=order,
+        starts_ptr=starts,
+        outputs_ptr=outputs,
+        tokens=tokens,
+        **second,
+    )
     if shared_gate_up is not None and shared_down is not None and not together:
         gated_mlp_into(x, shared_gate_up, shared_down, outputs[pairs:])
     return Terms(outputs, weights, x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Layouts of a layer's matrices. together: whether its shared expert is one more of their launches. fp8:
+    whether x is quantised; inner: whether, and how, what lies between both products is."""
+
+    up: Weights
+    down: Weights
+    experts: int
+    together: bool
+    fp8: bool
+    inner: Codes
+
+
+@derived
+def _layer(gate_up: Matrix, down: Matrix, shared_gate_up: Matrix | None, shared_down: Matrix | None) -> _Layer:
+    up, down_weights = Weights.of("expert_mlp", gate_up), Weights.of("expert_mlp", down)
+    together = _alike(gate_up, shared_gate_up) and _alike(down, shared_down)
+    inner: Codes = "" if not takes_fp8(down) else "by row"
+    inner = "static" if static_scales(down) is not None else inner
+    return _Layer(up, down_weights, down.shape[0], together, takes_fp8(gate_up), inner)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """The launches of a layer's experts, whose choices are made."""
+
+    gate_up: Configuration
+    grid: tuple[int]
+    described: bool
+    down: Configuration
+    down_grid: tuple[int]
+    down_described: bool
+
+
+@decided
+def _experts(
+    up: Weights,
+    down: Weights,
+    together: bool,
+    sizes: tuple[int, int, int],
+    x: tuple[torch.dtype, int | None],
+    inner: Codes,
+    processors: int,
+) -> _Planned:
+    """sizes: tokens, slots and experts. x: dtype, and the stride of its rows; None if they are quantised."""
+    (tokens, slots, experts), (dtype, stride) = sizes, x
+    pairs = tokens * slots
+    most, matrices = rows_of_most(pairs, experts), min(pairs, experts) + int(together)
+    of_x, codes = POINTER[dtype], POINTER[E4M3]
+
+    def grid(chosen: Tile, across: int) -> tuple[int]:
+        return (most_tiles(tokens, slots, experts, chosen.block_t, together) * divide_up(across, chosen.block_n),)
+
+    types = codes if stride is None else of_x, codes if inner == "static" else of_x
+    first = spread(tile(up, types[0], True, most), up, down.k, matrices, processors)
+    # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
+    first = reading(first, up, tokens, up.k if stride is None else 0)
+    gate_up = gate_up_configuration(types, up, first, experts, slots, together, up.k if stride is None else stride)
+    types = codes if inner else of_x, of_x
+    second = spread(tile(down, types[0], False, most), down, down.rows, matrices, processors)
+    second = reading(second, down, tokens, down.k * (E4M3 if inner else dtype).itemsize)
+    through = down_configuration(types, down, second, experts, slots, together)
+    return _Planned(
+        gate_up, grid(first, down.k), first.described, through, grid(second, down.rows), second.described
+    )
 
 
 def expert_mlp(

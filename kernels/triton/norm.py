@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -19,8 +20,9 @@ from cierzo.kernels.triton.activations import (
     store_row,
 )
 from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.heuristics import decided
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
-from cierzo.kernels.triton.terms import Layout, arguments, load_rows
+from cierzo.kernels.triton.terms import Layout, arguments, form, layout, load_rows
 
 
 @kernel
@@ -100,7 +102,7 @@ def add_and_norm_row(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ops/norm.py."""
-    out = x.new_empty(x.shape)
+    out = x.new_empty(*x.shape)
     _launch(x, None, weight, eps, "", out_ptr=out)
     return out
 
@@ -114,7 +116,7 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) ->
 
 def add_rms_norm(x: Summands, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ops/norm.py."""
-    out = residual.new_empty(residual.shape)
+    out = residual.new_empty(*residual.shape)
     _launch(x, residual, weight, eps, "", out_ptr=out)
     return out
 
@@ -135,11 +137,18 @@ def _launch(
     x: Summands, residual: Tensor | None, weight: Tensor, eps: float, codes: Codes, **written: Tensor
 ) -> None:
     stride = None if residual is None else residual.stride(0)
-    configuration = norm_configuration(POINTER[x.dtype], x.shape[1], Layout.of(x), codes, stride)
-    tensors = {"weight_ptr": weight, **written}
+    configuration, grid = _planned(x.dtype, x.shape, form(x), codes, stride)
     if residual is not None:
-        tensors["residual_ptr"] = residual
-    launch(configuration, (x.shape[0],), eps=eps, **arguments(x), **tensors)
+        written["residual_ptr"] = residual
+    launch(configuration, grid, eps=eps, weight_ptr=weight, **arguments(x), **written)
+
+
+@decided
+def _planned(
+    dtype: torch.dtype, shape: torch.Size, of: tuple[Any, ...], codes: Codes, stride: int | None
+) -> tuple[Configuration, tuple[int]]:
+    """The launch of a norm of rows with this form. stride: of the residual's rows."""
+    return norm_configuration(POINTER[dtype], shape[1], layout(*of), codes, stride), (shape[0],)
 
 
 def norm_warps(width: int, codes: Codes = "") -> int:

@@ -35,7 +35,6 @@ from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton.launch import Configuration, kept, kernel, launch
 from cierzo.kernels.triton.prefix import Prefixes
-from cierzo.kernels.triton.softmax import LOG2_E
 
 # Rows of a tile, as many as the product of a warp group takes. With few heads some rows are empty, which costs less
 # than reading the pages; the draft tokens of a sequence share the tile of its first token.
@@ -142,12 +141,15 @@ class Round:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Items of a step and the rounds that run them. items int32 [I,4]; firsts int32 [N+1], each segment's first
-    item; row_segments int32 [T], each row's segment, -1 past the last one."""
+    item; row_segments int32 [T], each row's segment, -1 past the last one. read, combined: what those who attend,
+    and who add up, are given of it in each round."""
 
     items: Tensor
     firsts: Tensor
     row_segments: Tensor
     rounds: list[Round]
+    read: list[dict[str, Any]]
+    combined: list[dict[str, Any]]
 
 
 @kernel
@@ -352,7 +354,16 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
         segments=segments,
         limit=bound,
     )
-    return Plan(items, firsts, row_segments, rounds)
+    of_queries = {"query_starts_ptr": queries.query_starts, "context_lengths_ptr": queries.context_lengths}
+    tables = {"table_rows_ptr": queries.table_rows, "tables_ptr": queries.block_tables}
+    both = {**of_queries, "firsts_ptr": firsts}
+    read = {**both, **tables, "items_ptr": items, "table_stride": queries.block_tables.stride(0)}
+    combined = {**both, "row_segments_ptr": row_segments}
+    return Plan(
+        *(items, firsts, row_segments, rounds),
+        read=[read | part.arguments() for part in rounds],
+        combined=[combined | part.arguments() | {"capacity": part.capacity} for part in rounds],
+    )
 
 
 @derived
@@ -407,8 +418,8 @@ class Partials:
         """Room for the largest round."""
         size = (max(part.capacity for part in plan.rounds), shape.kv_heads, shape.rows)
         device = plan.items.device
-        maxima, sums = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
-        return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
+        values = torch.empty(*size, shape.width, dtype=torch.float32, device=device)
+        return cls(values, values.new_empty(*size), values.new_empty(*size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,56 +444,27 @@ ATTEND_TYPES = {
 def decode(
     configuration: Configuration,
     out: Tensor,
-    queries: PagedQueries,
+    made: Plan,
     shape: Shape,
-    scale: float,
+    factor: float,
     finish: Finish,
     mates: Prefixes | None = None,
-    unfold: float = 1.0,
     **arguments: Tensor,
 ) -> None:
     """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, and add up its partial
     results by `finish`, into out.
 
-    scale: of the scores, above 0. mates: the sequences that share programs. unfold: what the kernel's keys are to
-    be multiplied by. Rows past the last segment become 0.
+    factor: of the scores, above 0, to base 2. mates: the sequences that share programs. Rows past the last segment
+    become 0.
     """
-    made = plan(queries, shape, len(out))
     partials = Partials.empty(made, shape)
-    for part in made.rounds:
-        launch(
-            configuration,
-            (part.capacity, shape.kv_heads),
-            query_starts_ptr=queries.query_starts,
-            context_lengths_ptr=queries.context_lengths,
-            table_rows_ptr=queries.table_rows,
-            tables_ptr=queries.block_tables,
-            items_ptr=made.items,
-            firsts_ptr=made.firsts,
-            partials_ptr=partials.values,
-            maxima_ptr=partials.maxima,
-            sums_ptr=partials.sums,
-            table_stride=queries.block_tables.stride(0),
-            factor=scale * LOG2_E * unfold,
-            **part.arguments(),
-            **arguments,
-        )
-        launch(
-            finish.configuration,
-            finish.grid,
-            partials_ptr=partials.values,
-            maxima_ptr=partials.maxima,
-            sums_ptr=partials.sums,
-            out_ptr=out,
-            **finish.arguments,
-            mates_ptr=mates.mates if mates else made.firsts,
-            query_starts_ptr=queries.query_starts,
-            context_lengths_ptr=queries.context_lengths,
-            firsts_ptr=made.firsts,
-            row_segments_ptr=made.row_segments,
-            capacity=part.capacity,
-            **part.arguments(),
-        )
+    parts = {"partials_ptr": partials.values, "maxima_ptr": partials.maxima, "sums_ptr": partials.sums}
+    leaders = mates.mates if mates else made.firsts
+    for part, read, combined in zip(made.rounds, made.read, made.combined, strict=True):
+        grid = (part.capacity, shape.kv_heads)
+        launch(configuration, grid, factor=factor, **parts, **read, **arguments)
+        rest = finish.arguments
+        launch(finish.configuration, finish.grid, out_ptr=out, mates_ptr=leaders, **parts, **combined, **rest)
 
 
 @kept

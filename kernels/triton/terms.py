@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -61,7 +62,7 @@ def sum_terms(terms: Terms) -> Tensor:
     """See ops/terms.py."""
     rows, width = terms.shape
     out = terms.values.new_empty(rows, width, dtype=terms.dtype)
-    configuration = sum_configuration(POINTER[terms.dtype], Layout.of(terms), width)
+    configuration = sum_configuration(POINTER[terms.dtype], layout(*form(terms)), width)
     grid = (rows, divide_up(width, configuration.constants["BLOCK"]))
     launch(configuration, grid, out_ptr=out, **arguments(terms))
     return out
@@ -81,9 +82,7 @@ class Layout:
     @classmethod
     def of(cls, rows: Summands) -> Layout:
         """Layout of rows or terms."""
-        if isinstance(rows, Tensor):
-            return cls(POINTER[rows.dtype], rows.stride(0))
-        return cls(POINTER[rows.values.dtype], rows.shape[1], rows.parts, rows.slots, rows.shared)
+        return layout(*form(rows))
 
     @property
     def types(self) -> dict[str, str]:
@@ -99,12 +98,33 @@ class Layout:
         return {**sizes, **missing}
 
 
+def form(rows: Summands) -> tuple[Any, ...]:
+    """What a layout follows from, hashable: dtype and shape of the values, and their stride, or their weights'
+    shape."""
+    if isinstance(rows, Tensor):
+        return rows.dtype, rows.shape, rows.stride(0)
+    values, weights = rows.values, rows.weights
+    return values.dtype, values.shape, None if weights is None else weights.shape
+
+
+@kept
+def layout(dtype: torch.dtype, shape: torch.Size, more: int | torch.Size | None) -> Layout:
+    """The layout of what has this form."""
+    pointer, width = POINTER[dtype], shape[-1]
+    if isinstance(more, int):
+        return Layout(pointer, more)
+    if more is None:
+        return Layout(pointer, width, parts=shape[0])
+    return Layout(pointer, width, slots=more[1], shared=shape[0] > more.numel())
+
+
 def arguments(rows: Summands) -> dict[str, Any]:
     """Arguments that Layout.types names."""
     if isinstance(rows, Tensor):
         return {"x_ptr": rows}
-    shares = {} if rows.weights is None else {"shares_ptr": rows.weights}
-    return {"x_ptr": rows.values, "tokens": rows.shape[0], **shares}
+    if rows.weights is None:
+        return {"x_ptr": rows.values, "tokens": rows.values.shape[1]}
+    return {"x_ptr": rows.values, "tokens": rows.weights.shape[0], "shares_ptr": rows.weights}
 
 
 @kept

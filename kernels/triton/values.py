@@ -19,7 +19,7 @@ from cierzo.kernels.triton.combine import combine_configuration, combined
 from cierzo.kernels.triton.launch import POINTER, Configuration, kept
 from cierzo.kernels.triton.mla import decode_into
 from cierzo.kernels.triton.paged import tile_width
-from cierzo.kernels.triton.split import Finish, Shape
+from cierzo.kernels.triton.split import Shape
 
 TOKENS = 16  # rows of the product: as few as the columns of an MMA can be
 PROGRAMS = 512  # of a step, about: each reads a head's W_UV, so with more tokens a program has several
@@ -66,17 +66,20 @@ def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_
     if not isinstance(w_uv, Tensor):
         check.require("mla_values", False, "w_uv is packed; on a GPU it must be a tensor")
         raise AssertionError
-    weight, (heads, width, rank) = w_uv.contiguous(), w_uv.shape
-    out = q.new_empty(q.shape[0], heads, width)
-
-    def finish(shape: Shape, together: int) -> Finish:
-        live = live_tokens(len(out), heads)
-        configuration = values_configuration(POINTER[q.dtype], shape, width, live, together)
-        grid = (divide_up(len(out), live), heads)
-        return Finish(configuration, grid, {"weight_ptr": weight, "queries": len(out)})
-
-    decode_into(out, q, pages, queries, scale, rank, finish)
+    tokens, (heads, width, rank) = q.shape[0], w_uv.shape
+    out = q.new_empty(tokens, heads, width)
+    sizes = (POINTER[q.dtype], width, tokens, heads)
+    own = {"weight_ptr": w_uv.contiguous(), "queries": tokens}
+    decode_into(out, q, pages, queries, scale, rank, multiplied, sizes, own)
     return out
+
+
+def multiplied(
+    shape: Shape, together: int, pointer: str, width: int, tokens: int, heads: int
+) -> tuple[Configuration, tuple[int, int]]:
+    """The kernel that multiplies sums by W_UV, and its grid. pointer: to weights and values. width: V."""
+    live = live_tokens(tokens, heads)
+    return values_configuration(pointer, shape, width, live, together), (divide_up(tokens, live), heads)
 
 
 def live_tokens(tokens: int, heads: int) -> int:

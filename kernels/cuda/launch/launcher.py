@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ MOST_GRID = (2**31 - 1, 65535, 65535)
 MOST_THREADS = 1024
 MOST_SHARED_BYTES = 48 << 10  # of a block, without a request to the driver for more
 _NULL = np.uint64(0)
+# Sizes, and addresses of what stays, come again with every launch: looked up they take half the time.
+_KNOWN = 4096
+_address = lru_cache(_KNOWN)(np.uint64)
+_WHOLE = {kind: lru_cache(_KNOWN)(SCALARS[kind]) for kind in _LIMITS}
 
 
 class Backend(Protocol):
@@ -129,14 +133,15 @@ def _taken(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> tuple[tor
             if device is not None:
                 raise _refusal(kernel, f"{name} is on {found}, not on {device}")
             device = found
-        values.append(np.uint64(value.data_ptr()))
+        values.append(_address(value.data_ptr()))
     return device or torch.device(kind), values
 
 
 @cache
 def _parameters(kernel: Kernel) -> list[tuple[str, torch.dtype | None, Any, int | None]]:
     """Each parameter's name, a pointer's dtype, a number's type, and a bound of whole numbers."""
-    return [(name, POINTERS.get(kind), SCALARS.get(kind), _LIMITS.get(kind)) for name, kind in kernel.types.items()]
+    numbers = SCALARS | _WHOLE
+    return [(name, POINTERS.get(kind), numbers.get(kind), _LIMITS.get(kind)) for name, kind in kernel.types.items()]
 
 
 def _refusal(kernel: Kernel, message: str) -> ArgumentError:

@@ -142,10 +142,10 @@ def route_groups(
     x, weight = _contiguous(x), _contiguous(weight)
     experts, width = weight.shape
     if ids is None:
-        ids = torch.empty((rows, top_k), dtype=torch.int64, device=x.device)
-    weights = torch.empty((rows, top_k), dtype=torch.float32, device=x.device)
-    order = torch.empty(rows * top_k, dtype=torch.int64, device=x.device)
-    starts = torch.empty(experts + 1, dtype=torch.int64, device=x.device)
+        ids = x.new_empty(rows, top_k, dtype=torch.int64)
+    weights = x.new_empty(rows, top_k, dtype=torch.float32)
+    order = x.new_empty(rows * top_k, dtype=torch.int64)
+    starts = x.new_empty(experts + 1, dtype=torch.int64)
     launch(
         _GROUPS[_KINDS[x.dtype], _KINDS[weight.dtype]],
         grid=(divide_up(rows, _ROWS), divide_up(experts, _WARPS)),
@@ -157,7 +157,7 @@ def route_groups(
         weight=weight,
         weight_stride=weight.stride(0),
         weight_aligned=is_aligned(weight, 4),
-        logits=torch.empty((rows, experts), dtype=torch.float32, device=x.device),
+        logits=x.new_empty(rows, experts, dtype=torch.float32),
         ids=ids,
         weights=weights,
         order=order,
@@ -193,10 +193,12 @@ def _checked(x: Tensor, weight: Matrix, top_k: int) -> Tensor:
         require("route", False, "weight is packed for the CPU")
         raise AssertionError
     for name, value in (("x", x), ("weight", weight)):
-        require("route", value.dtype in _KINDS, f"{name} must be float32 or bfloat16, has dtype {value.dtype}")
+        if value.dtype not in _KINDS:
+            require("route", False, f"{name} must be float32 or bfloat16, has dtype {value.dtype}")
     experts = weight.shape[0]
-    require("route", experts <= MOST_EXPERTS, f"weight has {experts} experts, at most {MOST_EXPERTS}")
-    require("route", top_k <= MOST_TOP_K, f"top_k is {top_k}, at most {MOST_TOP_K}")
+    if experts > MOST_EXPERTS or top_k > MOST_TOP_K:
+        require("route", experts <= MOST_EXPERTS, f"weight has {experts} experts, at most {MOST_EXPERTS}")
+        require("route", False, f"top_k is {top_k}, at most {MOST_TOP_K}")
     return weight
 
 

@@ -23,21 +23,21 @@ def test_a_launch_takes_less_than_half_of_tritons_own_way(told: dict[str, Any]) 
 
 def test_a_launch_of_cuda_has_no_cost_that_only_an_error_has(told: dict[str, Any]) -> None:
     """Words of refusals that were written ahead of every launch took longer than all else."""
-    assert told["CUDA C++"] < 4 * told["launch"], told
+    assert told["CUDA C++"] < 2.2 * told["launch"], told
 
 
 # An operation's time for each of its launches, in times of a prepared launch: what was reached, and a fifth above.
 REACHED = {
     "rope_tables": 3.0,
-    "sum_terms": 4.2,
-    "add_rms_norm": 5.2,
-    "lm_head": 5.6,
-    "mla_values": 5.8,
-    "expert_terms": 8.4,
-    "linear_terms": 9.2,
-    "absorbed_queries": 10.8,
-    "route_groups": 12.8,
-    "latents_of": 20.8,
+    "sum_terms": 3.0,
+    "mla_values": 2.9,
+    "add_rms_norm": 3.5,
+    "lm_head": 3.5,
+    "linear_terms": 4.5,
+    "expert_terms": 5.3,
+    "absorbed_queries": 6.6,
+    "route_groups": 9.2,
+    "latents_of": 8.4,
 }
 
 
@@ -53,11 +53,11 @@ def test_operations_make_their_configurations_once(told: dict[str, Any]) -> None
 
 
 def test_a_decode_layer_takes_few_times_its_launches(told: dict[str, Any]) -> None:
-    """Of experts in NVFP4: 7.2 times were reached, 19 us a launch where a prepared one takes 2.7; 3, or 8 us, are
+    """Of experts in NVFP4: 4.0 times were reached, 10.3 us a launch where a prepared one takes 2.7; 3, or 8 us, are
     aimed at."""
     formats = {"latents_of": "fp8", "absorbed_queries": "fp8", "linear_terms": "fp8", "expert_terms": "nvfp4"}
     layer = (*formats, "mla_values", "add_rms_norm", "route_groups")
     found = [told["operations"][f"{one}, {formats.get(one, 'bf16')}"] for one in layer]
     launches, host_us = (sum(numbers) for numbers in zip(*found, strict=True))
     assert launches == 11
-    assert host_us / launches < 8.6 * told["launch"], told
+    assert host_us / launches < 4.8 * told["launch"], told

@@ -71,3 +71,24 @@ def test_equal_arguments_give_the_same_configuration() -> None:
     assert configuration("*bf16", 1) is not found  # a constant of another type is other code
     with pytest.raises(TypeError, match="unhashable"):
         configuration([], True)  # type: ignore[arg-type]
+
+
+def test_choices_are_kept_while_the_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    @heuristics.decided
+    def choice(tokens: int) -> tuple[int | None, heuristics.Tile | None]:
+        made.append(tokens)
+        return heuristics.DESCRIBED_TOKENS, heuristics._forced
+
+    before = choice(5)
+    assert choice(5) is before
+    assert made == [5]
+    with heuristics.forced(heuristics.Tile(16, 16, 64)) as _:
+        assert choice(5)[1] is not None
+    assert choice(5)[1] is None
+    for name, value in (("DESCRIBED_TOKENS", 7), ("WIDTH_KEEPS_BITS", False), ("APART_TOKENS", 2), ("TILES", {})):
+        told = len(made)
+        monkeypatch.setattr(heuristics, name, value)
+        assert choice(5)[0] == heuristics.DESCRIBED_TOKENS
+        assert len(made) == told + 1

@@ -315,7 +315,7 @@ def test_experts_read_codes_through_descriptors(static: bool, monkeypatch: pytes
     monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", 0)
     assert torch.equal(mixed(x, ids, shares, matrices, shared=True), expected)
     both = {"codes_ptr", "shared_codes_ptr"}
-    assert found == [both | {"x_ptr"}, both | {"inner_ptr"}, set()]
+    assert found == [both | {"x_ptr"}, both | {"inner_ptr"}]
 
 
 def test_a_shared_expert_of_its_own_kind() -> None:

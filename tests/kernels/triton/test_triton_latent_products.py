@@ -11,6 +11,7 @@ from cierzo.kernels.formats.device import in_fp8, quantise
 from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.ref import latents as ref
 from cierzo.kernels.triton import latent_products, latents, linear, norm, stages
+from cierzo.kernels.triton.product import Weights
 
 K, H, R, F, NOPE, EPS = 1024, 3, 32, 8, 16, 1e-5
 BF16 = torch.bfloat16
@@ -55,7 +56,8 @@ def test_absorbed_queries(interleaved: bool, scaled: bool, count: int) -> None:
         random(H, R, NOPE).to(BF16),
     )
     angles, scale = tables(count + 2), random(count + 2).abs() if scaled else None
-    assert latent_products._cut("", x, up) is not None
+    processors = linear.multiprocessors(x.device)
+    assert latent_products._cut(Weights.of("", up), x.dtype, x.stride(0), count, processors) is not None
     for _ in range(2):
         found = latent_products.absorbed_queries(x, up, weight, *angles, interleaved, scale)
         assert not stages.tickets(x.device).any()
