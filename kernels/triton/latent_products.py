@@ -242,21 +242,10 @@ def latents_of(
             before["static_ptr"] = scale
     else:
         before["out_ptr"] = out = query_norm.new_empty(rows, width)
-    launch(
-        planned.configuration,
-        planned.grid,
-        **_operands(normed, down),
-        **before,
-        parts_ptr=residual.new_empty(*planned.parts, dtype=torch.float32),
-        q_weight_ptr=query_norm,
-        kv_weight_ptr=kv_norm,
-        cos_ptr=cos.contiguous(),
-        sin_ptr=sin.contiguous(),
-        pages_ptr=pages,
-        slots_ptr=slots,
-        tickets_ptr=tickets(pages.device),
-        eps=eps,
-    )
+    before |= {"q_weight_ptr": query_norm, "kv_weight_ptr": kv_norm, "pages_ptr": pages, "slots_ptr": slots}
+    before |= {"cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "tickets_ptr": tickets(pages.device)}
+    parts = residual.new_empty(*planned.parts, dtype=torch.float32)
+    launch(planned.configuration, planned.grid, parts_ptr=parts, eps=eps, **_operands(normed, down), **before)
     return out
 
 

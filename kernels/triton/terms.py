@@ -99,8 +99,7 @@ class Layout:
 
 
 def form(rows: Summands) -> tuple[Any, ...]:
-    """What a layout follows from, hashable: dtype and shape of the values, and their stride, or their weights'
-    shape."""
+    """Arguments of `layout`: dtype and shape of the values, and their stride, or their weights' shape."""
     if isinstance(rows, Tensor):
         return rows.dtype, rows.shape, rows.stride(0)
     values, weights = rows.values, rows.weights
