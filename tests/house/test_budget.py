@@ -25,7 +25,7 @@ BUDGET = {
     "kernels/formats": 1_340,
     "kernels/ops": 1_750,
     "kernels/ref": 1_010,
-    "kernels/triton": 5_820,
+    "kernels/triton": 6_120,
     "scheduler": 2_460,
     "cache": 720,
     "bench": 9_990,
