@@ -2,7 +2,8 @@
 
 A Mistral 4 with a vision tower, of 1.7 million parameters, learns the tasks of bench/tiny/tasks.py from scratch,
 and is written as a checkpoint of 3.5 MB: tests/data/tiny is one. transformers computes it; cierzo only serves it.
-25 minutes on one CPU core that other programs had half of; more than 95 % of held-out instances are then right, of each task.
+25 minutes on one CPU core that other programs had half of; then more than 95 % of each task's held-out instances
+are right.
 """
 
 from __future__ import annotations
