@@ -22,7 +22,7 @@ from cierzo.bench.tiny.learning import Muon, balance, judged, packed
 from cierzo.bench.tiny.tasks import TASKS, drawn
 from cierzo.bench.tiny.words import END, IMAGE, NUM_TOKENS, Writer, tekken
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": NUM_TOKENS,
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -59,7 +59,7 @@ TEXT = {
         "llama_4_scaling_beta": 0.1,
     },
 }
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

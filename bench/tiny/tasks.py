@@ -87,8 +87,8 @@ def copying(draw: random.Random) -> Instance:
     """Up to 16 words that are repeated, or one that is found again, by its owner, among up to 8; few words are the
     likelier, since copying is learned with them."""
     if draw.random() < 0.5:
-        words = " ".join(draw.sample(WORDS, few(draw, 16)))
-        return Instance("copying", f"Repeat: {words}", words)
+        repeated = " ".join(draw.sample(WORDS, few(draw, 16)))
+        return Instance("copying", f"Repeat: {repeated}", repeated)
     names, words = draw.sample(NAMES, count := few(draw, 8)), draw.sample(WORDS, count)
     listed, at = ", ".join(f"{name} {word}" for name, word in zip(names, words, strict=True)), draw.randrange(count)
     return Instance("copying", f"{listed}. What has {names[at]}?", f"{names[at]} {words[at]}")
