@@ -104,7 +104,8 @@ class Writer:
         """The ids of the prompt. Images are whole tokens wide and high, and come before the text."""
         tools = [Tool(function=Function(**tool)) for tool in one.tools] or None
         turn = UserMessage(content=one.question)
-        request = ChatCompletionRequest(messages=[turn], tools=tools, reasoning_effort=one.effort)
+        effort: Any = one.effort
+        request = ChatCompletionRequest(messages=[turn], tools=tools, reasoning_effort=effort)
         ids = self._chat.encode_instruct(self._normalizer.from_chat_completion_request(request)).tokens
         if one.image is None:
             return ids
