@@ -5,7 +5,7 @@ PYTHON = python3
 MODEL =
 PROMPT = Why is the sky blue?
 ifeq ($(MODEL),tiny)
-PROMPT = 82 - 35 =
+PROMPT = 82 - 5 =
 ifdef IMAGE
 PROMPT = Which colour and digit?
 endif

@@ -87,8 +87,8 @@ def copying(draw: random.Random) -> Instance:
     """Up to 16 words that are repeated, or one that is found again, by its owner, among up to 8; few words are the
     likelier, since copying is learned with them."""
     if draw.random() < 0.5:
-        repeated = " ".join(draw.sample(WORDS, few(draw, 16)))
-        return Instance("copying", f"Repeat: {repeated}", repeated)
+        text = " ".join(draw.sample(WORDS, few(draw, 16)))
+        return Instance("copying", f"Repeat: {text}", text)
     names, words = draw.sample(NAMES, count := few(draw, 8)), draw.sample(WORDS, count)
     listed, at = ", ".join(f"{name} {word}" for name, word in zip(names, words, strict=True)), draw.randrange(count)
     return Instance("copying", f"{listed}. What has {names[at]}?", f"{names[at]} {words[at]}")
@@ -100,10 +100,10 @@ def few(draw: random.Random, most: int) -> int:
 
 
 def arithmetic(draw: random.Random) -> Instance:
-    """Sums below a hundred and differences: of two numbers from 10 on, thought through, at effort "high"; of such a
-    number and one below ten, at once, at effort "none"."""
+    """Sums below a hundred and differences of a number from 10 on and a second one: below ten, or, at effort "high"
+    alone, where they are thought through, up to 89."""
     effort = draw.choice(("none", "high"))
-    least, most = (10, 89) if effort == "high" else (1, 9)
+    least, most = draw.choice(((1, 9), (10, 89), (10, 89))) if effort == "high" else (1, 9)
     if draw.random() < 0.5:
         other = draw.randint(least, most)
         one = draw.randint(10, 99 - other)

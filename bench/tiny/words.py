@@ -14,7 +14,7 @@ import mistral_common
 import regex
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest, ReasoningEffort
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Function, Tool
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
@@ -104,7 +104,7 @@ class Writer:
         """The ids of the prompt. Images are whole tokens wide and high, and come before the text."""
         tools = [Tool(function=Function(**tool)) for tool in one.tools] or None
         turn = UserMessage(content=one.question)
-        effort = ReasoningEffort(one.effort)
+        effort: Any = one.effort
         request = ChatCompletionRequest(messages=[turn], tools=tools, reasoning_effort=effort)
         ids = self._chat.encode_instruct(self._normalizer.from_chat_completion_request(request)).tokens
         if one.image is None:
