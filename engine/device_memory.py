@@ -22,13 +22,17 @@ from cierzo.kernels.formats.number_formats import formats_on
 GIB = 1 << 30
 USABLE_SHARE = 0.95  # of the free memory: the allocator's rounding, and CUDA's own needs
 LEAST_WORKSPACE_BYTES = 4 * GIB  # whatever the sums say: no card has shown yet what CUDA and CuPy take beside them
+# Of kernels/cuda/launch/sampling.py: tokens of the smallest piece of a long row, and bytes of a row and of a piece.
+DRAWN_PIECE, DRAWN_ROW_BYTES, DRAWN_PIECE_BYTES = 1024, 8 * 5218, 8 * 3
 # Of kernels/triton/split.py and flash.py, which import Triton; a test compares.
-ROWS, SHORT, SHORTS, LONG = 64, 512, 16, 1024
+ROWS = 64
+CUT = (512, 16, 1024)  # short splits' tokens, their number, long ones' tokens
+WALKED, APART, PROGRAMS = (2048, 2, 4096), (256, 16, 1024), 128  # MLA's, if so many programs or more walk, or not
 PARTIAL_BYTES = 256 << 20
 SCORED_ROWS = 128  # of a prompt, whose logits are held at a time: worker/scoring.py's, which imports torch
 WORKSPACE_TOKENS = 16_384
 STAGED_PIXELS = 4  # images whose pixels a staging has room for: two in turn, each with as much again
-LAUNCHES_PER_LAYER = 24  # more than any layer has; a test counts
+LAUNCHES_PER_LAYER = 18  # more than any layer has; a test counts
 LAUNCH_BYTES = 16 << 10  # of a recorded launch, in the driver: assumed, no card has shown it
 
 
@@ -55,14 +59,21 @@ def free_bytes() -> int | None:
 
 
 def kv_room_bytes(
-    model: ModelConfig, weights: str, free: int, limits: StepLimits, token_bytes: int, cards: int = 1
+    model: ModelConfig,
+    weights: str,
+    free: int,
+    limits: StepLimits,
+    token_bytes: int,
+    cards: int = 1,
+    head: str = "",
 ) -> int:
     """Bytes that are left for the KV cache of `free` bytes on each of `cards` GPUs, between which the weights are
-    divided. token_bytes: of a token in the cache. Raises ConfigError, with the numbers, if nothing is left."""
+    divided. token_bytes: of a token in the cache. head: number format of lm_head, where it is another than that
+    which follows from the weights'. Raises ConfigError, with the numbers, if nothing is left."""
     plain = "float32" if weights == "float32" else "bf16"
 
     def taken_by(format: str) -> int:
-        return weight_bytes(model, NumberFormats(weights=format, plain=plain))
+        return weight_bytes(model, NumberFormats(weights=format, plain=plain, head=head))
 
     needed = taken_by(weights)
     usable = int(cards * free * USABLE_SHARE)
@@ -92,7 +103,10 @@ def workspace_bytes(model: ModelConfig, limits: StepLimits, cached_tokens: int) 
     if not most:
         return launched + images
     found = pairs(most, limits.max_model_len, cached_tokens)
-    replayed = replayed_bytes(model, *found[0], limits.max_model_len)
+    each = [replayed_bytes(model, *pair, limits.max_model_len) for pair in found]
+    # Recordings share memory, the first of them most of it; what one of fewer items needs more (MLA's, with a
+    # program for each part) is another piece.
+    replayed = each[0] + (max(each) if max(each) > each[0] else 0)
     launches = len(found) * model.num_layers * LAUNCHES_PER_LAYER
     recorded = replayed + 4 * most * model.vocab_size + launches * LAUNCH_BYTES
     return max(launched, replayed) + recorded + images
@@ -116,20 +130,38 @@ def launched_bytes(model: ModelConfig, rows: int) -> int:
 
 def sampled_bytes(model: ModelConfig, rows: int) -> int:
     """Bytes that sampling holds: fp32 logits, those of the rows that are chosen for at a time where others wait for
-    their grammars, those of the rows that are drawn, and log-probabilities."""
-    return 4 * 4 * rows * model.vocab_size
+    their grammars, those of the rows that are drawn, and log-probabilities; and what draws leave between their
+    launches."""
+    return 4 * 4 * rows * model.vocab_size + drawn_bytes(rows, model.vocab_size)
+
+
+def drawn_bytes(rows: int, vocab_size: int) -> int:
+    """Bytes that a draw leaves between its launches: bins and a list of each row, numbers of each of its pieces;
+    and the tokens."""
+    return rows * (DRAWN_ROW_BYTES + -(-vocab_size // DRAWN_PIECE) * DRAWN_PIECE_BYTES + 8)
 
 
 def replayed_bytes(model: ModelConfig, size: int, bound: int, max_model_len: int) -> int:
     """Bytes that a recorded step of so many sequences and tokens holds at a time, its logits included."""
     heads, tiles, width = _partial_sizes(model)
     item = 4 * heads * ROWS * (width + 2)
-    rest = max_model_len - SHORT * SHORTS
-    each = -(-max_model_len // SHORT) if rest <= 0 else SHORTS + -(-rest // LONG)
-    bounded, all_of_them = tiles * (size * (SHORTS + 1) + bound // LONG), tiles * size * each
+    cut = CUT
+    if not isinstance(model.attention, GqaConfig):
+        cut = WALKED if min(_items(WALKED, tiles, size, bound, max_model_len)) >= PROGRAMS else APART
+    bounded, all_of_them = _items(cut, tiles, size, bound, max_model_len)
     items = bounded if bounded < all_of_them else min(all_of_them, max(1, PARTIAL_BYTES // item))
     rows = max(_mlp_bytes(model), _attention_bytes(model))
     return items * item + size * (rows + 4 * model.vocab_size)
+
+
+def _items(cut: tuple[int, int, int], tiles: int, size: int, bound: int, longest: int) -> tuple[int, int]:
+    """Most splits of `size` contexts with so many tiles of rows: of `bound` tokens in all, as split.py's
+    Splits.most has it, and each of `longest` tokens."""
+    short, shorts, long = cut
+    alike, rest = bound / size, longest - short * shorts
+    splits = min(alike / short, shorts) + max(alike - short * shorts, 0) / long
+    each = -(-longest // short) if rest <= 0 else shorts + -(-rest // long)
+    return tiles * (size + int(size * splits)), tiles * size * each
 
 
 def _mlp_bytes(model: ModelConfig) -> int:

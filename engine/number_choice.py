@@ -51,6 +51,16 @@ def activations_format(options: EngineOptions, kind: str, dtype: str) -> str:
     raise refusal("activations", limit, options.activations, why)
 
 
+def head_format(options: EngineOptions, kind: str, weights: str, dtype: str) -> str:
+    """The number format of lm_head, for weights of a format that was chosen. In FP8 it is never unasked."""
+    if options.head == "auto":
+        return NUMBER_FORMATS[weights].of("head", kind, plain_format(dtype))
+    if options.head not in formats_on(kind):
+        why = f"{options.head} has no kernels {PLACE[kind]}"
+        raise refusal("head", "auto", options.head, why)
+    return options.head
+
+
 def formats_meeting(activations: str) -> list[str]:
     """The number formats of weights whose codes are multiplied with activations in this format."""
     return [name for name, one in NUMBER_FORMATS.items() if activations in one.activations]

@@ -80,6 +80,12 @@ def _composed(operation: str, *calls: str) -> Implementation:
     return Implementation(operation, "composed", target, ("cpu", "cuda"), exact=True, calls=calls)
 
 
+def _in_steps(operation: str, *calls: str) -> Implementation:
+    """For a CPU, what a GPU computes in fewer launches: the operations that make it up, as they are bound."""
+    target = f"cierzo.kernels.ops.compose:{operation}"
+    return Implementation(operation, "composed", target, ("cpu",), exact=True, calls=calls)
+
+
 def _native(file: str, *operations: str) -> list[Implementation]:
     """C++ kernels (cpu/launch/<file>.py), where the library is built and the CPU can run it."""
     module = f"cierzo.kernels.cpu.launch.{file}"
@@ -112,11 +118,22 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("linear", "linear", "lm_head", "gated_mlp"),
     *_triton("linear", "linear", "lm_head", "gated_mlp"),
     *_torch("linear", "linear", "lm_head", "gated_mlp"),
+    *_triton("linear", "linear_terms"),
+    _in_steps("linear_terms", "linear"),
+    *_torch("linear", "linear_terms"),
+    *_triton("terms", "sum_terms"),
+    *_torch("terms", "sum_terms", exact=True),
     *_native("moe", "route", "group_by_expert", "expert_mlp"),
     *_triton("moe", "expert_mlp"),
     *_cuda("moe", "route", "group_by_expert"),
     *_torch("moe", "route", "expert_mlp"),
     *_torch("moe", "group_by_expert", exact=True),
+    *_cuda("moe", "route_groups"),
+    _in_steps("route_groups", "route", "group_by_expert"),
+    *_torch("moe", "route_groups"),
+    *_triton("moe", "expert_terms"),
+    _in_steps("expert_terms", "expert_mlp"),
+    *_torch("moe", "expert_terms"),
     *_native("attention", "write_latents", "write_keys_values", "mla_decode", "gqa_decode"),
     *_native("attention", "write_normed_latents", "rotate_and_write_keys_values"),
     *_triton("cache_write", "write_latents", "write_keys_values"),
@@ -129,10 +146,21 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_triton("mla", "mla_decode", "mla_prefill"),
     *_triton("gqa", "gqa_decode", "gqa_prefill"),
     *_torch("attention", "mla_absorb", "mla_unabsorb", "mla_prefill", "mla_decode"),
+    _in_steps("mla_values", "mla_decode", "mla_unabsorb"),
+    *_triton("values", "mla_values"),
+    *_torch("attention", "mla_values"),
     *_torch("attention", "gqa_prefill", "gqa_decode"),
+    *_triton("latents", "norm_latents", "rotate_and_absorb"),
+    _in_steps("norm_latents", "rms_norm", "rms_norm_fp8", "write_normed_latents"),
+    _in_steps("rotate_and_absorb", "apply_rope", "mla_absorb"),
+    *_torch("latents", "norm_latents", "rotate_and_absorb"),
     *_native("vision", "image_attention", "gelu"),
     *_triton("vision", "image_attention", "gelu"),
     *_torch("vision", "image_attention", "gelu"),
+    _in_steps("latents_of", *_NORMS, *_FP8_NORMS, "linear_terms", "norm_latents"),
+    _in_steps("absorbed_queries", "linear_terms", "rotate_and_absorb"),
+    *_triton("latent_products", "latents_of", "absorbed_queries"),
+    *_torch("latents", "latents_of", "absorbed_queries"),
     *_cuda("blocks", "copy_blocks", "gather_blocks", "scatter_blocks"),
     *_torch("blocks", "copy_blocks", "gather_blocks", "scatter_blocks", exact=True),
     *_cuda("sampling", "add_bias", "apply_penalties", "mask_tokens", "peaks", "draw"),
@@ -143,16 +171,16 @@ IMPLEMENTATIONS: list[Implementation] = [
     *_native("block", "mla_block", "gqa_block", "mlp_block", "moe_block", "decoder"),
     _composed(
         "mla_block",
-        *(*_NORMS, *_FP8_NORMS, "linear", "apply_rope", "write_normed_latents"),
-        *("mla_prefill", "mla_absorb", "mla_decode", "mla_unabsorb"),
+        *("linear", "linear_terms", "apply_rope"),
+        *("latents_of", "rotate_and_absorb", "absorbed_queries", "mla_prefill", "mla_values"),
     ),
     _composed(
         "gqa_block",
-        *(*_NORMS, *_FP8_NORMS, "linear", "rotate_and_write_keys_values"),
+        *(*_NORMS, *_FP8_NORMS, "linear", "linear_terms", "rotate_and_write_keys_values"),
         *("gqa_prefill", "gqa_decode"),
     ),
     _composed("mlp_block", *_NORMS, *_FP8_NORMS, "gated_mlp"),
-    _composed("moe_block", *_NORMS, "route", "group_by_expert", "expert_mlp"),
+    _composed("moe_block", *_NORMS, "route_groups", "expert_terms"),
     _composed("decoder", "mla_block", "gqa_block", "mlp_block", "moe_block", "add_rms_norm", "lm_head"),
 ]
 

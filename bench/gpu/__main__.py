@@ -127,7 +127,7 @@ class Measurement(Campaign[str, str]):
 
 def predicted(cell: str, num_bytes: float) -> dict[str, Any] | None:
     """Prediction for a cell from today's machine code (bench/gpu/predicted.py); None where there is none, or one of
-    other work (all dense products of a layer are one cell there)."""
+    other work (two norms of a layer of Small 3 are one cell there)."""
     found = _cells(ROOT / "engine" / "cost" / "predicted.json").get(cell)
     return found if found and isclose(found["bytes"], num_bytes, rel_tol=0.01) else None
 

@@ -6,6 +6,7 @@ Letters as in kernels/ops/; work is counted by engine/cost/operations.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -31,10 +32,12 @@ from cierzo.bench.gpu.cases import (
 from cierzo.engine.cost import operations
 from cierzo.engine.cost.operations import stored
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats.activations import quantise_rows
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.terms import Terms
 
-BLOCK_TOKENS = 32
+BLOCK_TOKENS = 64  # as on a GPU by default
 EPS = 1e-6
 SEEN = 100  # tokens of each row that an edit of logits changes
 Arguments = tuple[Any, ...]
@@ -120,8 +123,8 @@ def apply_rope(model: ModelSizes, size: Size, make: Maker) -> Call:
 # --- dense products ----------------------------------------------------------------------------------------
 
 
-@case(of="weights", rowwise=True, models=(*MODELS, LATENTS))
-def linear(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("linear", "linear_terms", of="weights", rowwise=True, models=(*MODELS, LATENTS))
+def linear(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The projection after attention."""
     k, n = model.projections[-1]
     x, weights = make.noise(size.rows, k), make.cold(lambda: (make.matrix(n, k),))
@@ -153,8 +156,8 @@ def random_experts(model: ModelSizes, size: Size) -> Tensor:
     return scores.topk(model.top_k).indices
 
 
-@case(needs="experts")
-def route(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("route", "route_groups", needs="experts")
+def route(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """The router in the checkpoint's bf16."""
     x = make.noise(size.rows, model.hidden)
     weights = make.cold(lambda: (make.plain(model.experts, model.hidden),))
@@ -176,8 +179,8 @@ def expert_weights(width: int, model: ModelSizes, make: Maker, *experts: int) ->
     return gate_up, make.matrix(*experts, model.hidden, width, block=(model.hidden, width))
 
 
-@case(needs="experts", of="weights")
-def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
+@case("expert_mlp", "expert_terms", needs="experts", of="weights")
+def expert_mlp(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     """Random choices, and the shared expert."""
     ids = random_experts(model, size)
     order = ids.flatten().sort(stable=True)
@@ -189,12 +192,24 @@ def expert_mlp(model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(x, *routed, shares, order.indices, starts, *shared)], work
 
 
+@case(needs="experts")
+def sum_terms(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Outputs of each token's experts, and of the shared one."""
+    return [(expert_outputs(model, size, make),)], operations.moved("sum_terms", model, size.rows)
+
+
+def expert_outputs(model: ModelSizes, size: Size, make: Maker) -> Terms:
+    """Terms as experts leave them."""
+    weights = torch.full((size.rows, model.top_k), 1 / model.top_k, device=make.device)
+    return Terms(make.noise(size.rows * (model.top_k + 1), model.hidden), weights, torch.bfloat16)
+
+
 # --- pages of the cache ------------------------------------------------------------------------------------
 
 
 def queries_of(size: Size, device: str = "cpu") -> PagedQueries:
     """Scattered blocks, those of a prefix the first sequence's; the last tokens of each context ask."""
-    blocks, count = size.context // BLOCK_TOKENS, size.sequences
+    blocks, count = -(-size.context // BLOCK_TOKENS), size.sequences
     ids = torch.randperm(count * blocks, generator=torch.Generator().manual_seed(0)).view(-1, blocks)
     ids[:, : size.shared // BLOCK_TOKENS] = ids[0, : size.shared // BLOCK_TOKENS].clone()
     tables = ids.int().to(device)
@@ -211,7 +226,7 @@ def slots_of(size: Size) -> Tensor:
 def pages_of(model: ModelSizes, size: Size, make: Maker) -> list[tuple[Tensor, ...]]:
     """Pages of all contexts, each call's own: of latents [B,S,R+P], or of keys and of values [B,S,heads,width]."""
     entries = [(model.rank + model.rope,)] if model.rank else 2 * [(model.kv_heads, model.head_dim)]
-    rows = size.sequences * size.context // BLOCK_TOKENS, BLOCK_TOKENS
+    rows = size.sequences * -(-size.context // BLOCK_TOKENS), BLOCK_TOKENS
     return make.cold(lambda: tuple(make.noise(*rows, *entry, dtype=make.kv_dtype) for entry in entries))
 
 
@@ -242,6 +257,36 @@ def write(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
     return [(*pages, *arguments) for pages in pages_of(model, size, make)], work
 
 
+@case("norm_latents", needs="rank", of="pages", changes=(7,))
+def norm_latents(_: str, model: ModelSizes, size: Size, make: Maker) -> Call:
+    """A row of MLA's first product for each token: both norms, the rotation and the cache entry."""
+    x = make.noise(size.rows, model.query_rank + model.page_values)
+    before = (
+        x,
+        make.noise(model.query_rank),
+        make.noise(model.rank),
+        EPS,
+        *tables(size.rows, model.rope // 2),
+        True,
+    )
+    work = operations.moved("norm_latents", model, size.rows, make.kv_dtype.itemsize)
+    return [(*before, *pages, slots_of(size), False, None) for pages in pages_of(model, size, make)], work
+
+
+@case(needs="query_rank", of="weights", changes=(1, 11))
+def latents_of(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Hidden rows added to a residual, normed, times MLA's first product; norm_latents of that."""
+    x, width = make.noise(size.rows, model.hidden), model.query_rank + model.page_values
+    static, fp8 = BY_FP8.get(make.format), make.format in BY_FP8
+    weights = make.cold(lambda: (make.matrix(width, model.hidden),))
+    ((pages,),) = pages_of(model, size, replace(make, cold_bytes=0))
+    norms = (make.noise(model.query_rank), make.noise(model.rank), EPS, *tables(size.rows, model.rope // 2), True)
+    rest = (pages, slots_of(size), fp8, None if static is None else torch.full((1,), static, device=make.device))
+    before = (x * 0, x.clone(), make.noise(model.hidden), EPS)
+    work = operations.latents_of(model, size.rows, make.weights, make.kv_dtype.itemsize, fp8=fp8)
+    return [(*before, *matrices, *norms, *rest) for matrices in weights], work
+
+
 @case("copy_blocks", "scatter_blocks", changes=(0,))
 @case("gather_blocks", changes=(2,))
 def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
@@ -256,6 +301,36 @@ def blocks(operation: str, model: ModelSizes, size: Size, make: Maker) -> Call:
 
 
 # --- attention ---------------------------------------------------------------------------------------------
+
+
+@case(needs="rank", decodes=True)
+def rotate_and_absorb(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated queries, rotated and scaled, times a matrix of each head, which stays plain."""
+    q = make.noise(size.rows, model.heads * (model.nope + model.rope))
+    scale = torch.rand(size.rows, generator=torch.Generator().manual_seed(2)) + 1
+    weights = make.cold(lambda: (make.plain(model.heads, model.rank, model.nope),))
+    angles = tables(size.rows, model.rope // 2)
+    work = operations.rotate_and_absorb(model, size.rows)
+    return [(q, *matrices, *angles, True, scale) for matrices in weights], work
+
+
+@case(needs="query_rank", decodes=True, of="weights")
+def absorbed_queries(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated queries' latents, in FP8 where the product takes that, times it; rotate_and_absorb of that."""
+    latents = make.noise(size.rows, model.query_rank)
+    static, fp8 = BY_FP8.get(make.format), make.format in BY_FP8
+    by = None if static is None else torch.full((1,), static, device=make.device)
+    x = quantise_rows(latents, by) if fp8 else latents
+    scale = torch.rand(size.rows, generator=torch.Generator().manual_seed(2)) + 1
+    weights = make.cold(
+        lambda: (
+            make.matrix(model.heads * (model.nope + model.rope), model.query_rank),
+            make.plain(model.heads, model.rank, model.nope),
+        )
+    )
+    angles = tables(size.rows, model.rope // 2)
+    work = operations.absorbed_queries(model, size.rows, make.weights, fp8=fp8)
+    return [(x, *matrices, *angles, True, scale) for matrices in weights], work
 
 
 @case("mla_absorb", "mla_unabsorb", needs="rank", decodes=True, rowwise=True)
@@ -276,6 +351,14 @@ def mla_decode(model: ModelSizes, size: Size, make: Maker) -> Call:
     work = operations.mla_decode(model, *size.queries(), make.entry_bytes(model))
     queries = queries_of(size, make.device)
     return [(q, *pages, queries, 0.1, model.rank) for pages in pages_of(model, size, make)], work
+
+
+@case(needs="rank", decodes=True, of="pages")
+def mla_values(model: ModelSizes, size: Size, make: Maker) -> Call:
+    """Generated rows, absorbed, up to the values, by weights that stay plain."""
+    calls, work = CASES["mla_decode"].make(model, size, make)
+    weight = make.plain(model.heads, model.value_dim, model.rank)
+    return [(*arguments[:-1], weight) for arguments in calls], operations.mla_values(work, model, size.rows)
 
 
 @case(needs="rank", decodes=False, of="pages")

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -99,9 +98,8 @@ def every_cell() -> Iterator[Cell]:
 def launched(wanted: Iterable[Cell]) -> list[Configuration]:
     """Configurations of the experiment with widths, and of cells, each once, in this order."""
     found: list[Configuration] = []
-    for format, way in product(widths.FORMATS, product((False, True), widths.WIDTHS)):
-        with widths.tiles(*way):
-            found += (one for told, one in forms(("linear", SMALL4, widths.TOKENS, format)) if not told)
+    for format in widths.FORMATS:
+        found += widths.configurations(format, SMALL4)
     found += (one for cell in wanted for _, one in forms(cell))
     return list({one.key: one for one in found}.values())
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from cierzo.engine.cost.operations import Work
 from cierzo.engine.cost.sizes import ModelSizes
+from cierzo.kernels.formats import fp8
+from cierzo.kernels.formats.activations import QuantisedRows
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, in_fp8, quantise, stack
 from cierzo.kernels.formats.number_formats import formats_on
 from cierzo.kernels.formats.packed import Matrix
@@ -110,11 +112,11 @@ class Maker:
         if self.format == "bf16":
             return plain
         if plain.is_meta and plain.dim() == 3:  # alike, as they hold nothing
-            matrix = stack([quantise(plain[0], self.weights, block=block)] * len(plain))
+            matrix = stack([quantise(plain[0], self.weights, block=block)] * len(plain), len(plain))
         else:
             matrix = quantise(plain, self.weights, block=block)
         if self.format not in BY_FP8:
-            return matrix
+            return fp8.weave(matrix)
         static, experts = BY_FP8[self.format], shape[0] if len(shape) == 3 else 1
         return in_fp8(matrix, None if static is None else torch.full((experts,), static, device=self.device))
 
@@ -185,8 +187,10 @@ def case(*names: str, **traits: Any) -> Callable[[Callable[..., Call]], Callable
 
 def widened(value: Any) -> Any:
     """An argument in fp32, weights dequantised: what the reference computes with to be the better one. Matrices
-    whose activations are in FP8 stay so: those codes are part of the result."""
+    whose activations are in FP8 stay so, and such rows: those codes are part of the result."""
     if isinstance(value, DeviceMatrix):
         return replace(value, dtype=torch.float32) if value.activations == "fp8" else dequantise(value)
+    if isinstance(value, QuantisedRows):
+        return replace(value, dtype=torch.float32)
     narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.float() if narrow else value

@@ -20,44 +20,67 @@ RESULTS = Path(__file__).parents[1] / "results"
 REGISTERS_STEP = 8  # CUDA programming guide, compute capability 9.0: a warp's in steps of 256
 
 
+# Kernel of attention -> constants that are widths of its products with each token.
+WIDTHS = {
+    "mla_attend": ("BLOCK_R", "BLOCK_P", "BLOCK_R"),
+    "gqa_attend": ("BLOCK_D", "BLOCK_D"),
+    "flash": ("BLOCK_A", "BLOCK_B", "BLOCK_V"),
+}
+
+
 def unit(configuration: Configuration) -> tuple[str, int, int] | None:
     """Name of what a kernel of products is counted in, the number of it in one tile of the source, and that tile's
     multiplications; None of other kernels. Weights: those of both matrices of a pair. Tokens: of context, for the
-    rows that a program has."""
-    get = configuration.constants.__getitem__
-    if "BLOCK_K" in configuration.constants:
-        paired = configuration.name == "expert_gate_up" or configuration.constants.get("PAIRED")
-        weights = get("BLOCK_N") * get("BLOCK_K") * (2 if paired else 1)
-        return "weights", weights, weights * get("BLOCK_T")
-    if configuration.name == "expand":
-        weights = get("COLUMNS") * get("DEPTH")
-        return "weights", weights, weights * get("ROWS")
-    widths = {"mla_attend": ("BLOCK_R", "BLOCK_P", "BLOCK_R"), "gqa_attend": ("BLOCK_D", "BLOCK_D")}
-    widths["flash"] = ("BLOCK_A", "BLOCK_V", *(("BLOCK_B",) if configuration.constants.get("B") else ()))
-    if configuration.name not in widths:
+    rows that a program has. A kernel of products is known by its constants, whatever its name."""
+    has, get = configuration.constants, configuration.constants.get
+    if {"BLOCK_N", "BLOCK_T", "BLOCK_K"} <= has.keys():
+        paired = configuration.name == "expert_gate_up" or get("PAIRED")
+        weights = has["BLOCK_N"] * has["BLOCK_K"] * (2 if paired else 1)
+        return "weights", weights, weights * has["BLOCK_T"]
+    if {"COLUMNS", "DEPTH", "ROWS"} <= has.keys():
+        weights = has["COLUMNS"] * has["DEPTH"]
+        return "weights", weights, weights * has["ROWS"]
+    widths = WIDTHS.get(configuration.name, ())
+    if not widths or not {"TOKENS", "ROWS", *widths} <= {*has, "BLOCK_B"}:
         return None
-    return "tokens", get("TOKENS"), get("TOKENS") * get("ROWS") * sum(map(get, widths[configuration.name]))
+    across = sum(get(name, 0) for name in widths if name != "BLOCK_B" or get("B"))
+    return "tokens", has["TOKENS"], has["TOKENS"] * has["ROWS"] * across
+
+
+def tile_of(configuration: Configuration) -> int:
+    """Multiplications of one warp in a tile of the source; 1 where nobody knows, of which any number is a multiple.
+
+    Where warps do not share a tile evenly it is 1, too."""
+    found = unit(configuration)
+    each, rest = divmod(found[2], configuration.num_warps) if found else (1, 0)
+    return 1 if rest else each
 
 
 def units(configuration: Configuration, turn: Loop) -> tuple[str, int]:
     """The unit, and how many of it one turn of the loop of a program does, by its matrix instructions: a turn may
-    hold several tiles of the source. ("turns", 1) for a kernel without products.
+    hold several tiles of the source, or an n-th of one. A kernel without any has one tile in a turn. ("turns", 1)
+    for a kernel without products.
 
-    Raises ValueError if the turn's matrix instructions are not those of whole tiles.
+    Raises ValueError if the turn has none of the kernel's matrix instructions, or those of no such part.
     """
     found = unit(configuration)
     if found is None:
         return "turns", 1
     name, number, multiplications = found
     done = turn.products * configuration.num_warps
-    if done == 0 or done % multiplications:
-        raise ValueError(f"{configuration.name}: {done} products in a turn, not a multiple of {multiplications}")
+    if not done and "MMA" not in classes(turn.everything):
+        return name, number
+    if done == 0 or (done % multiplications and multiplications % done):
+        raise ValueError(
+            f"{configuration.name}: {done} products in a turn of loop {turn.place[0]} of {turn.place[1]}, "
+            f"no multiple of {multiplications}, nor a part"
+        )
     return name, number * done // multiplications
 
 
 def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
     """The line of a Compiled in the report; `units` is how many `unit` one turn of the loop of a program does, and
-    "turn" and "outside" are of one warp."""
+    "turn", "outside" and "around" (which loops around the main one run again) are of one warp."""
     turn = compiled.turn
     name, number = units(configuration, turn)
     return {
@@ -71,6 +94,7 @@ def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
         "unit": name,
         "units": number,
         "loops": compiled.loops,
+        "loop": list(turn.place),
         "turn": {
             "issued": turn.issued,
             "skipped": turn.skipped,
@@ -80,6 +104,7 @@ def entry(configuration: Configuration, compiled: Any) -> dict[str, Any]:
             "loads": turn.widths(),
         },
         "outside": classes(turn.outside),
+        "around": classes(turn.around),
     }
 
 

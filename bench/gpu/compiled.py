@@ -39,6 +39,10 @@ SHARED_LIMIT_BYTES = 227 << 10
 FLUSH = re.compile(r"\b[a-z][a-z0-9.]*\.ftz[a-z0-9.]*|\b[A-Z][A-Z0-9.]*\.FTZ[A-Z0-9.]*")
 FLUSHING = ("ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32", "F2I.FTZ.U32.TRUNC.NTZ")
 ROUTINES = "\n$__internal"
+# A kernel that is launched before those in front of it have ended (triton/chain.py) waits for them in PTX, ahead of
+# any branch and of whatever reads or writes memory, but for its own parameters.
+WAIT = "griddepcontrol.wait"
+EARLY = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:bra|call|(?:ld|st|cp|atom|red|prefetch|tensormap)\.(?!param))", re.M)
 WIDTH = 80  # of a name's column
 COLUMNS = (
     "FP32", "HALF2", "IMAD", "LOP3", "SHF", "PRMT", "ALU", "F2F", "F2FP", "MUFU", "UNIFORM", "LDS", "STS", "LDG",
@@ -49,7 +53,8 @@ COLUMNS = (
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """Registers and spill bytes of a thread, shared bytes of a program; one turn of the main loop, or of a kernel
-    that does not loop (`loops`) all of it; instructions that take subnormal numbers for zeros."""
+    that does not loop (`loops`) all of it; instructions that take subnormal numbers for zeros. waits: for the
+    kernels in front of it, and before all else; None: it never does."""
 
     registers: int
     spill_bytes: int
@@ -57,22 +62,31 @@ class Compiled:
     turn: Loop
     loops: bool = True
     flushes: dict[str, int] = field(default_factory=dict)
+    waits: bool | None = None
 
 
 def compile_one(name: str) -> tuple[Compiled | None, str]:
     """The configuration of this name, compiled in this process, its machine code read by the tools in Triton's
     wheel: (Compiled or None, error)."""
     try:
-        compiled = compile_ahead(configurations()[name])
+        configuration = configurations()[name]
+        compiled = compile_ahead(configuration)
         cubin, shared_bytes = compiled.asm["cubin"], compiled.metadata.shared
         (usage,), code = nvrtc.usage(cubin).values(), nvrtc.disassembled(cubin)
-        loop = main_loop(code)
-        flushes = dict(Counter(FLUSH.findall(compiled.asm["ptx"]) + FLUSH.findall(code.split(ROUTINES)[0])))
+        loop = main_loop(code, ceilings.tile_of(configuration))
+        ptx = compiled.asm["ptx"]
+        flushes = dict(Counter(FLUSH.findall(ptx) + FLUSH.findall(code.split(ROUTINES)[0])))
         turn, loops = loop or whole(code), loop is not None
-        return Compiled(usage.registers, usage.stack_bytes, shared_bytes, turn, loops, flushes), ""
+        return Compiled(usage.registers, usage.stack_bytes, shared_bytes, turn, loops, flushes, waits(ptx)), ""
     except Exception as error:  # whatever a compiler says is part of the report
         cause = str(error.__cause__ or error).split()
         return None, f"{type(error).__name__}: {' '.join(cause)[-200:]}"
+
+
+def waits(ptx: str) -> bool | None:
+    """Whether a kernel waits for those in front of it before all else; None: it never does."""
+    before, wait, _ = ptx[ptx.index(".entry") :].partition(WAIT)
+    return EARLY.search(before) is None if wait else None
 
 
 def compile_all(names: Sequence[str] = ()) -> list[tuple[str, Configuration, Compiled | None, str]]:
@@ -95,6 +109,10 @@ def faults(configuration: Configuration, compiled: Compiled) -> list[str]:
     if local := by_class.get("LOCAL"):
         found.append(f"has {local} instructions of local memory")
     found += [f"flushes subnormals: {name}" for name in compiled.flushes if not name.startswith(FLUSHING)]
+    if configuration.options.get("launch_pdl") and not compiled.waits:
+        found.append("is launched early, and does not wait before it reads or writes")
+    if not configuration.options.get("launch_pdl") and compiled.waits is not None:
+        found.append("waits, and is not launched early")
     if compiled.shared_bytes > SHARED_LIMIT_BYTES:
         found.append(f"needs {compiled.shared_bytes} bytes of shared memory")
     return found

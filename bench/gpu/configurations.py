@@ -11,32 +11,49 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from inspect import getsource
+from itertools import product
+from typing import Any
 
 import torch
+from torch import Tensor
 from triton.language import constexpr
 
-from cierzo.bench.gpu.calls import Cell, cells, make_call
-from cierzo.bench.gpu.cases import CASES, MODELS, Size
+from cierzo.bench.gpu.calls import Cell, cells, expert_outputs, make_call
+from cierzo.bench.gpu.cases import CASES, KV, MODELS, Maker, Size
 from cierzo.bench.gpu.timing import read_through_descriptors
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import SOURCES, program
+from cierzo.kernels.formats.number_formats import DEVICE_FORMATS
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.flash import WORKSPACE_TOKENS
 from cierzo.kernels.triton.heuristics import APART_TOKENS
 from cierzo.kernels.triton.launch import Configuration, dry_run
 
-# A sequence alone, and more than one, which may share a prefix; more tokens than have parts of k apart; a prompt in
-# one round, and one that takes several.
+META = torch.device("meta")
+# A sequence alone, and more than one, which may share a prefix; as many as fill each width of a dense product's
+# tile, and of the experts'; more tokens than have parts of k apart; a prompt in one round, and one that takes
+# several.
 SIZES = (
     Size(name="one row", sequences=1, rows_each=1, context=64),
     Size(name="decode", sequences=2, rows_each=1, context=64),
+    *(Size(name=f"{count} rows", sequences=count, rows_each=1, context=64) for count in (24, 64, 128, 500, 1000)),
+    Size(name="64 rows of 4k", sequences=64, rows_each=1, context=4096),
     Size(name="many rows", sequences=160, rows_each=1, context=64),
     Size(name="prefill", sequences=1, rows_each=64, context=64),
     Size(name="long prefill", sequences=1, rows_each=2 * WORKSPACE_TOKENS, context=2 * WORKSPACE_TOKENS),
 )
 # Models beside those of the cases: shards, for what they change but dense products; and for `linear`, which has the
 # product behind attention, models for those before it.
-SHARDED = ("apply_rope", "rotate_and_write_keys_values", "mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill")
+SHARDED = (
+    "apply_rope",
+    "rotate_and_write_keys_values",
+    "mla_decode",
+    "mla_values",
+    "mla_prefill",
+    "gqa_decode",
+    "gqa_prefill",
+)
 MORE = {
     "linear": [
         ModelSizes(name=f"{model.name} {k} to {n}", hidden=n, heads=1, head_dim=k)
@@ -83,17 +100,91 @@ def configurations() -> dict[str, Configuration]:
     """Each configuration once, by its kernel and the first cell that launches it."""
     found: dict[str, Configuration] = {}
     known = set()
+
+    def keep(configuration: Configuration, cell: str) -> None:
+        if (same := digest(configuration)) not in known:
+            known.add(same)
+            name = f"{configuration.name}: {cell}"
+            while name in found:
+                name += ", another"
+            found[name] = configuration
+
     for cell, parts in cells(SIZES, MORE):
         for told, configuration in forms(parts):
-            if told and parts[2].rows <= APART_TOKENS:  # parts of k apart have no descriptors
-                continue
-            if (same := digest(configuration)) not in known:
-                known.add(same)
-                name = f"{configuration.name}: {cell}{told}"
-                while name in found:
-                    name += ", another"
-                found[name] = configuration
+            if not told or parts[2].rows > APART_TOKENS:  # parts of k apart have no descriptors
+                keep(configuration, f"{cell}{told}")
+    for cell, configuration in (*of_terms(), *of_stages(), *of_checkpoints()):
+        keep(configuration, cell)
     return found
+
+
+def of_terms() -> Iterator[tuple[str, Configuration]]:
+    """Launches that add up terms as they read them: norms of experts' terms; norms, latents and absorbed queries of
+    the parts of the products before them."""
+    for model, size in product(MODELS, SIZES[:3]):
+        cell = f"{model.name}, {size.name}"
+        if model.experts:
+            for one in _norms(model, size, expert_outputs(model, size, Maker(device="meta"))):
+                yield f"{cell}, of experts", one
+        for format in CASES["linear_terms"].formats:
+            for one in _of_parts(model, size, format):
+                yield f"{cell}, of parts, {format}", one
+
+
+def _of_parts(model: ModelSizes, size: Size, format: str) -> Iterator[Configuration]:
+    found: list[Summands] = []
+    for k, n in model.projections:
+        one = ModelSizes(name="", hidden=n, heads=1, head_dim=k)
+        (arguments, *_), _ = make_call("linear_terms", one, size, format, META, cold_bytes=0)
+        dry_run(lambda *given: found.append(_load("linear_terms")(*given)), *arguments)
+    yield from _norms(model, size, found[-1])
+    if model.query_rank:
+        (arguments, *_), _ = make_call("rotate_and_absorb", model, size, "bf16", META, cold_bytes=0)
+        yield from _launched("rotate_and_absorb", found[1], *arguments[1:])
+        quantised = ((False, None), (True, None), (True, torch.empty(1, device=META)))
+        for pages, codes in product(("bf16", "fp8"), quantised):
+            (arguments, *_), _ = make_call("norm_latents", model, size, pages, META, cold_bytes=0)
+            yield from _launched("norm_latents", found[0], *arguments[1:-2], *codes)
+
+
+def of_stages() -> Iterator[tuple[str, Configuration]]:
+    """Launches of MLA's first product with what is around it, as steps have them: at a first layer and after
+    experts, with pages of each kind."""
+    known = CASES["latents_of"]
+    models = [model for model in known.models if model.query_rank]
+    for model, size, format, pages in product(models, SIZES[:4], known.formats, KV):
+        ((_, *arguments), *_), _ = known.make(model, size, Maker(format, "meta", 0, KV[pages], 0))
+        given = [one.to(META) if isinstance(one, Tensor) else one for one in arguments]
+        experts = expert_outputs(model, size, Maker(device="meta"))
+        for told, before in (("first", None), ("of experts", experts)):
+            for one in _launched("latents_of", before, *given):
+                yield f"{model.name}, {size.name}, {told}, {format}, {pages} pages", one
+
+
+def of_checkpoints() -> Iterator[tuple[str, Configuration]]:
+    """Launches of experts in formats that a checkpoint may bring and a user cannot choose, so that no case has
+    them."""
+    known = CASES["expert_mlp"]
+    brought = [format for format in DEVICE_FORMATS if format not in known.formats]
+    models = [model for model in known.models if model.experts]
+    for model, size, format in product(models, SIZES, brought):
+        for told, one in forms(("expert_mlp", model, size, format)):
+            yield f"expert_mlp, {model.name}, {size.name}, {format}{told}", one
+
+
+def _norms(model: ModelSizes, size: Size, terms: Summands) -> Iterator[Configuration]:
+    residual = torch.empty(size.rows, model.hidden, dtype=torch.bfloat16, device=META)
+    for scale in ((), (None,), (torch.empty(1, device=META),)):
+        operation = "add_rms_norm_fp8" if scale else "add_rms_norm"
+        yield from _launched(operation, terms, residual, residual[0], 1e-6, *scale)
+
+
+def _launched(operation: str, *arguments: Any) -> list[Configuration]:
+    return [one.kernel for one in dry_run(_load(operation), *arguments)]
+
+
+def _load(operation: str) -> Any:
+    return registry.implementations(operation, "cuda")[0].load()
 
 
 def forms(cell: Cell) -> Iterator[tuple[str, Configuration]]:
@@ -101,7 +192,7 @@ def forms(cell: Cell) -> Iterator[tuple[str, Configuration]]:
     descriptors (TMA)."""
     choice = registry.implementations(cell[0], "cuda")[0]
     if choice.name == "triton":
-        (arguments, *_), _ = make_call(*cell, torch.device("meta"), cold_bytes=0)
+        (arguments, *_), _ = make_call(*cell, META, cold_bytes=0)
         for told in ("", ", TMA") if CASES[cell[0]].weighted else ("",):
             with read_through_descriptors() if told else nullcontext():
                 found = dry_run(choice.load(), *arguments)

@@ -20,6 +20,8 @@ from cierzo.kernels import registry
 from cierzo.kernels.formats.activations import QuantisedRows
 from cierzo.kernels.formats.device import LARGEST_E4M3
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.terms import Terms
+from cierzo.kernels.ref.terms import sum_terms
 
 SIZES = (
     Size(name="one row", sequences=1, rows_each=1, context=32),
@@ -93,7 +95,9 @@ def outputs(operation: str, function: Callable[..., Any], arguments: tuple[Any, 
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """The tensors of a result: none, one, several, or quantised rows."""
+    """The tensors of a result: none, one, several, quantised rows, or the sum of terms."""
+    if isinstance(result, Terms):
+        return [sum_terms(result)]
     if isinstance(result, QuantisedRows):
         return [result.codes, result.scales]
     return [result] if isinstance(result, Tensor) else list(result or ())
@@ -145,7 +149,7 @@ def _companies(operation: str, arguments: tuple[Any, ...]) -> Companies:
     """(start, stop, arguments of a call for these rows alone), for operations that keep rows apart."""
     if any(isinstance(value, PagedQueries) for value in arguments):
         yield from _segments(arguments)
-    elif operation == "expert_mlp":
+    elif operation in ("expert_mlp", "expert_terms"):
         yield from _tokens(arguments)
     elif CASES[operation].rowwise:
         x, *others = arguments

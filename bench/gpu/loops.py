@@ -4,12 +4,18 @@
 
 A loop is a natural loop of the flow of control: branches back to a block that every way into the loop passes. So
 blocks that the compiler moved behind the loop belong to it, predicated blocks count whole (`skipped` says how many
-instructions may be passed over), and a poll of a barrier is a loop of its own inside, one turn of which counts. The
-*main loop* is the one with the most multiplication outside loops within it, or most loads where none multiplies; of
-two alike it is the first, such as attention's without a mask. What the compiler took out in front and behind (the
-first and last turns of a pipeline) is `outside`, with the rest of the kernel. A routine that a kernel calls counts
-nowhere. What this cannot follow is a ValueError: code with gaps, cut short, or of several functions; a branch to no
-label; a loop with more than one entrance; and for the main loop any loop with a call.
+instructions may be passed over), and a poll of a barrier is a loop of its own inside, one turn of which counts.
+
+The *main loop* is chosen by its matrix instructions. Of the loops with some outside loops within them, it is one
+with those of whole tiles of the source, and one around no other such loop; of these the one with the most, and of
+two alike the first, such as attention's without a mask. Where a kernel multiplies outside its loops alone, as does
+one whose few steps were unrolled, it has no main loop: its loops only prepare. Where it has no matrix instruction,
+the main loop is the one that loads most bytes.
+
+What the compiler took out in front and behind (the first and last turns of a pipeline) is `outside`, with the rest
+of the kernel. A routine that a kernel calls counts nowhere. What this cannot follow is a ValueError: code with
+gaps, cut short, or of several functions; a branch to no label; a loop with more than one entrance; and for the main
+loop any loop with a call.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 # Class of an instruction -> its opcodes without modifiers, or with the first one. Conversions of one value (F2F)
@@ -53,6 +59,7 @@ CLASSES = {
 CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
 LOADS = ("LDG", "LDGSTS", "UTMALDG")
 WIDTHS = ("128", "64", "U16", "S16", "U8", "S8")  # of a load, as modifiers; without one it has 32 bits
+TILE_BITS = 1 << 20  # stands for those of a TMA copy
 WARP_GROUP = 4  # warps that execute a GMMA together
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|^\s*([.$\w]+):", re.MULTILINE
@@ -93,13 +100,17 @@ class Loop:
     """A loop: instructions of one turn of one warp by opcode with modifiers, and those outside it.
 
     A wait's name holds how many groups may stay under way: "WARPGROUP.DEPBAR.LE 0" lets none. depth: loops around
-    it. skipped: instructions that a branch within the loop may pass over.
+    it. skipped: instructions that a branch within the loop may pass over. place: (which, of how many) of the
+    function's loops, by their first instructions, from 1 on. around: of main loops, instructions of a turn of the
+    loops around it that are in no loop within these; they are `outside`, too.
     """
 
     instructions: dict[str, int]
     outside: dict[str, int]
     depth: int = 0
     skipped: int = 0
+    place: tuple[int, int] = (1, 1)
+    around: dict[str, int] = field(default_factory=dict)
 
     @property
     def issued(self) -> int:
@@ -114,7 +125,7 @@ class Loop:
     @property
     def products(self) -> int:
         """Multiplications of the tensor cores in one turn, of one warp."""
-        return sum(products(name) * number for name, number in self.instructions.items())
+        return _products(self.instructions)
 
     @property
     def mma(self) -> dict[str, int]:
@@ -147,16 +158,24 @@ def functions(code: str) -> dict[str, str]:
     return {name: code[start:end] for (start, name), (end, _) in pairwise([*starts, (len(code), "")])}
 
 
-def main_loop(code: str) -> Loop | None:
-    """The loop that does the work of a function; None if it has no loop.
+def main_loop(code: str, tile: int = 1) -> Loop | None:
+    """The loop that does the work of a function; None if it has no loop, or multiplies outside its loops alone.
 
-    Raises ValueError for what it cannot follow, such as code of several functions: hand over one of `functions`.
+    tile: multiplications of one warp in a tile of the source, if it is known. Raises ValueError for what it cannot
+    follow, such as code of several functions: hand over one of `functions`.
     """
     found = _found(code)
-    for loop, _ in found:  # whichever it is: what it calls may be the work
+    for loop, _, _ in found:  # whichever it is: what it calls may be the work
         if called := [name for name in loop.instructions if name.startswith("CALL")]:
             raise ValueError(f"a loop of {loop.issued} instructions has a {called[0]}, whose routine nobody counts")
-    return max(found, key=_work)[0] if found else None  # of equals the first
+    if not whole(code).mma:
+        return max(found, key=lambda one: _loaded(one[1]), default=(None,))[0]  # of equals the first
+    multiplying = [one for one in found if _products(one[1])]
+    fitting = [one for one in multiplying if one[0].products % tile == 0] or multiplying
+    inmost = [one for one in fitting if not any(other[2] < one[2] for other in fitting)]
+    main, _, body = max(inmost, key=lambda one: _products(one[1]), default=(None, None, set[int]()))
+    outer = [own for _, own, blocks in found if body < blocks]
+    return replace(main, around=dict(sum(outer, Counter[str]()))) if main else None
 
 
 def whole(code: str) -> Loop:
@@ -167,7 +186,7 @@ def whole(code: str) -> Loop:
 
 def loops(code: str) -> list[Loop]:
     """Every loop of a function, in the order of their first instructions; an outer one before those within it."""
-    return [loop for loop, _ in _found(code)]
+    return [loop for loop, *_ in _found(code)]
 
 
 def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -177,15 +196,23 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(found)
 
 
-def _work(found: tuple[Loop, Counter[str]]) -> tuple[int, ...]:
-    own = found[1]
-    multiplied, by_class = sum(products(name) * number for name, number in own.items()), classes(own)
-    loads, number = sum(by_class.get(name, 0) for name in LOADS), by_class.get("MMA", 0)
-    return multiplied, number, loads, 0 if number else own.total()
+def _products(instructions: Mapping[str, int]) -> int:
+    return sum(products(name) * number for name, number in instructions.items())
 
 
-def _found(code: str) -> list[tuple[Loop, Counter[str]]]:
-    """Loops, and the instructions of each that are in no loop within it."""
+def _loaded(instructions: Mapping[str, int]) -> tuple[int, int]:
+    """Bits that a thread loads, and instructions."""
+    loads = ((name, number) for name, number in instructions.items() if class_of(name) in LOADS)
+    return sum(_bits(name) * number for name, number in loads), sum(instructions.values())
+
+
+def _bits(name: str) -> int:
+    """Bits that a load moves for a thread; a TMA copy, which moves a tile, more than any."""
+    return int(width(name).split(".")[1]) if "." in width(name) else TILE_BITS
+
+
+def _found(code: str) -> list[tuple[Loop, Counter[str], set[int]]]:
+    """Loops, the instructions of each that are in no loop within it, and its blocks."""
     if len(functions(code)) > 1:
         raise ValueError(f"code of {len(functions(code))} functions, not of one: {', '.join(functions(code))}")
     blocks, follow = _blocks(code)
@@ -196,15 +223,16 @@ def _found(code: str) -> list[tuple[Loop, Counter[str]]]:
 
     everything = count(_reached(follow, 0))
     result = []
-    for header, body in bodies.items():
+    for number_of, (header, body) in enumerate(bodies.items(), 1):
         inner = [other for other in bodies.values() if other < body]
         depth = sum(body < other for other in bodies.values())
         turn = count(body)
         within = [[after for after in row if number in body and after in body] for number, row in enumerate(follow)]
         last = [number for number in body if header in follow[number]]
         passed = [one for one in body - {header} if _reached(within, header, without=one).intersection(last)]
-        loop = Loop(dict(turn), dict(everything - turn), depth, count(passed).total())
-        result.append((loop, count(body.difference(*inner))))
+        place = number_of, len(bodies)
+        loop = Loop(dict(turn), dict(everything - turn), depth, count(passed).total(), place)
+        result.append((loop, count(body.difference(*inner)), body))
     return result
 
 

@@ -2,8 +2,9 @@
 
 `make gpu-report TRITON=3.6` writes them to engine/cost/predicted.json, cell by cell under the names that `make gpu`
 times: a dry run tells the launches, the report (ceilings.py) what the compiler made of each kernel, and
-engine/cost/roofs.py the seconds. A model's dense products are one cell, as a step counts them. `print_validation`
-sets the same roofs against what others have published of their kernels.
+engine/cost/roofs.py the seconds. Cells are called as a step calls them (kernels/ops/compose.py, counted by
+engine/cost/launched.py): with terms where those before them leave some, and with codes where a norm makes them.
+`print_validation` sets the same roofs against what others have published of their kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from math import ceil, prod
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 
 from cierzo.bench.gpu import nvrtc
-from cierzo.bench.gpu.calls import make_call
-from cierzo.bench.gpu.cases import CASES, LATENT_QUERIES, SMALL3, SMALL4, Size
+from cierzo.bench.gpu.calls import expert_outputs, make_call
+from cierzo.bench.gpu.cases import BY_FP8, CASES, SMALL3, SMALL4, Maker, Size
 from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.bench.gpu.loops import Loop, classes, functions, loops, main_loop, products, whole
 from cierzo.engine.cost import operations, roofs
@@ -33,6 +34,9 @@ from cierzo.engine.cost.roofs import Code, Counts
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.kernels import registry
 from cierzo.kernels.cuda.launch.kernel import options, program
+from cierzo.kernels.cuda.launch.sampling import draw_words
+from cierzo.kernels.formats.activations import quantise_rows
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "validation-sm90.json"
@@ -49,18 +53,20 @@ SIZES = (
     Size(name="decode 1 of 256k", sequences=1, rows_each=1, context=1 << 18),
     *(Size(name=f"prefill {n}", sequences=1, rows_each=n, context=n) for n in PREFILLS),
 )
-# What a step of each model launches: of the cases of operations those that a model on a GPU calls.
+# What a step of each model launches; "linear_in": its product before attention, or MLA's of queries where there are
+# prompts; "plan": what attention does once a step, for all layers.
 LAUNCHED = {
     SMALL4: (
-        "add_rms_norm", "linear", "rms_norm", "rope_tables", "apply_rope", "write_normed_latents", "mla_prefill",
-        "mla_absorb", "mla_decode", "mla_unabsorb", "route", "group_by_expert", "expert_mlp", "lm_head", "draw",
+        "rope_tables", "plan", "latents_of", "linear_in", "absorbed_queries", "apply_rope", "rotate_and_absorb",
+        "mla_prefill", "mla_values", "linear_terms", "add_rms_norm", "route_groups", "expert_terms", "lm_head",
+        "draw",
     ),
     SMALL3: (
-        "add_rms_norm", "linear", "rope_tables", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
-        "gated_mlp", "lm_head", "draw",
+        "rope_tables", "plan", "linear_in", "rotate_and_write_keys_values", "gqa_prefill", "gqa_decode",
+        "linear_terms", "add_rms_norm", "add_rms_norm_fp8", "gated_mlp", "lm_head", "draw",
     ),
 }  # fmt: skip
-ONCE = ("prefixes", "plan")  # once a step for all layers
+ONCE = ("prefixes", "plan")  # kernels of "plan"
 LEFT_OUT = "static fp8 x fp8"  # steps do not tell it from FP8 activations with a scale for each row
 # 64 results a clock: CUDA programming guide, arithmetic instructions of compute capability 9.0.
 HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
@@ -68,18 +74,29 @@ HALF_RATE = ("LOP3", "SHF", "PRMT", "ALU")
 # what Triton's pull request 4563 found).
 SLOW = ("F2F", "MUFU")
 Lines = Mapping[str, Mapping[str, Any]]  # of the report (ceilings.py), by configuration
-DRAW_PASSES = 7  # over a row of logits: the highest; four to find where top_p cuts; two that draw
+# Tensors of a launch of stages (kernels/triton/latent_products.py): of its norms, and of its product.
+NORM = ("terms_ptr", "shares_ptr", "residual_ptr", "norm_ptr", "norm_static_ptr", "x_ptr", "x_scales_ptr")
+PRODUCT = ("x_ptr", "x_scales_ptr", "codes_ptr", "scales_ptr", "row_scales_ptr", "parts_ptr")
+DRAWN = "sample_draw_"  # launches of a draw; these read all logits:
+DRAW_PASSES = ("highest", "bins", "collect", "pieces")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Work of a launch: how far the main loop of each program goes, in its unit (ceilings.py: weights, tokens,
-    turns; of the router multiplications), programs that work (None: all), and bytes that it moves (None: those of
-    its tensors)."""
+    """Work of a launch, or of a stage of one: how far the main loop of each program goes, in its unit (ceilings.py:
+    weights, tokens, turns; of the router multiplications), programs that work (None: all), and bytes that it moves
+    (None: those of its tensors). before: the stage before it. rounds: turns of the loops around the main one."""
 
     units: float = 0.0
     programs: float | None = None
     num_bytes: float | None = None
+    before: Part | None = None
+    rounds: float = 1.0
+
+    @property
+    def stages(self) -> list[Part]:
+        """All up to this one, in order."""
+        return [*(self.before.stages if self.before else ()), self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +109,7 @@ class Call:
     format: str
     work: Work
     arguments: tuple[Any, ...] = ()
+    once: bool = False  # of its launches those that are made once a step count, else the others
 
     @property
     def distinct(self) -> float:
@@ -124,19 +142,73 @@ def _linear(call: Call, seen: Launch) -> Part:
     return Part(c["BLOCK_N"] * (2 if c["PAIRED"] else 1) * depth, num_bytes=moved)
 
 
+def _bytes(call: Call, seen: Launch, names: Iterable[str]) -> float:
+    """Bytes that move of some tensors: a residual comes and goes, and of pages the step's entries go."""
+    found = {name: seen.num_bytes[name] for name in names if name in seen.num_bytes}
+    if "pages_ptr" in found:
+        width = 2 if seen.kernel.types["pages_ptr"] == "*bf16" else 1
+        found["pages_ptr"] = call.size.rows * call.model.page_values * width
+    return float(sum(found.values()) + found.get("residual_ptr", 0))
+
+
+def _rows(call: Call, seen: Launch) -> Part:
+    return Part(num_bytes=_bytes(call, seen, seen.num_bytes))
+
+
+def _stages(call: Call, seen: Launch) -> Part:
+    """Norms, if there are terms to add up before; parts of a product, by programs of their own; their sum."""
+    c, rows, moved = seen.kernel.constants, call.size.rows, seen.num_bytes
+    firsts = ceil(rows / c["BLOCK_T"]) * ceil(c["ROWS"] / c["BLOCK_N"]) * c["PARTS"]
+    norms, norm = (rows, Part(programs=rows, num_bytes=_bytes(call, seen, NORM))) if NORM[0] in moved else (0, None)
+    depth = ceil(min(c["PART_K"], c["K"]) / c["BLOCK_K"]) * c["BLOCK_K"]
+    parts = Part(c["BLOCK_N"] * depth, firsts, _bytes(call, seen, PRODUCT), norm)
+    rest = {"parts_ptr", *moved} - {*NORM, *PRODUCT[:-1]}
+    return Part(programs=prod(seen.grid) - firsts - norms, num_bytes=_bytes(call, seen, rest), before=parts)
+
+
 def _attend(call: Call, seen: Launch) -> Part:
-    """Decoding: an item's tile of rows meets its split of the context, and leaves partial sums, not results."""
+    """Decoding: an item's tile of rows meets its split of the context, and leaves partial sums, not results. A
+    program that walks over parts of a split adds each up, in the loop around; what it adds up stays in L2."""
     rows, pairs, _ = call.size.queries()
     heads, value = call.model.heads, call.model.rank or call.model.head_dim
     moved = float(call.work.num_bytes) + heads * (seen.grid[0] * (value + 2) * 4 - rows * value * 2)
-    return Part(pairs / seen.grid[0], num_bytes=moved)
+    return Part(pairs / seen.grid[0], num_bytes=moved, rounds=_rounds(call, seen))
+
+
+def _rounds(call: Call, seen: Launch) -> int:
+    """Parts of a split that a program walks over."""
+    c, context = seen.kernel.constants, call.size.context
+    size = c["LONG"] if context > c["SHORT"] * c["SHORTS"] else c["SHORT"]
+    parts = c.get("LONG_PARTS" if context > c["SHORT"] * c["SHORTS"] else "SHORT_PARTS", 1)
+    return ceil(min(context, size) * parts / size)
+
+
+def _splits(call: Call, seen: Launch) -> float:
+    """Partial results of a row."""
+    c, context = seen.kernel.constants, call.size.context
+    shorts = c["SHORT"] * c["SHORTS"]
+    return min(context, shorts) / c["SHORT"] + max(context - shorts, 0) / c["LONG"]
+
+
+def _turn(seen: Launch) -> int:
+    """Partial results that a turn of the sum's loop adds."""
+    c = seen.kernel.constants
+    return int(c["CHUNK"] if c["SHORT_JOINS"] == c["LONG_JOINS"] == 1 else max(c["SHORT_JOINS"], c["LONG_JOINS"]))
 
 
 def _combine(call: Call, seen: Launch) -> Part:
-    context, value = call.size.context, call.model.rank or call.model.head_dim
-    splits = context / 512 if context <= 8192 else 16 + context / 1024
+    value, splits = call.model.rank or call.model.head_dim, _splits(call, seen)
     moved = seen.grid[0] * seen.grid[1] * ((value + 2) * 4 * splits + value * 2)
-    return Part(ceil(splits / seen.kernel.constants["CHUNK"]), num_bytes=moved)
+    return Part(ceil(splits / _turn(seen)), num_bytes=moved)
+
+
+def _values(call: Call, seen: Launch) -> Part:
+    """Sums of some tokens' partial results, and a head's W_UV."""
+    c, model, rows = seen.kernel.constants, call.model, call.size.rows
+    splits = _splits(call, seen)
+    moved = rows * model.heads * ((model.rank + 2) * 4 * splits + model.value_dim * 2)
+    weights = model.heads * model.value_dim * model.rank * 2
+    return Part(ceil(splits / _turn(seen)) * min(c["LIVE"], rows), num_bytes=moved + weights)
 
 
 def _flash(call: Call, seen: Launch) -> Part:
@@ -160,21 +232,27 @@ PARTS: dict[str, Callable[[Call, Launch], Part]] = {
     "expert_gate_up": _experts,
     "expert_down": _experts,
     "linear": _linear,
-    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts", "sum_slots"), lambda *_: Part()),
+    **dict.fromkeys(("latents_of", "absorbed_queries"), _stages),
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "norm_latents", "rotate_and_absorb"), _rows),
+    **dict.fromkeys(("gather", "quantise_pairs", "quantise_rows", "sum_parts"), lambda *_: Part()),
     "mla_attend": _attend,
     "gqa_attend": _attend,
     "combine": _combine,
+    "values": _values,
     "expand": _expand,
     "flash": _flash,
     "route_logits_bf16_bf16": _logits,
+    "route_groups_bf16_bf16": _logits,
     "route_choose": lambda call, _: Part(
         num_bytes=call.size.rows * (call.model.experts * 4 + call.model.top_k * 12)
     ),
     "count_by_expert": lambda call, _: Part(num_bytes=call.size.rows * call.model.top_k * 8),
-    "sample_draw": lambda call, seen: Part(
-        DRAW_PASSES * call.model.vocab / (4 * 32 * seen.warps),
-        num_bytes=DRAW_PASSES * call.size.sequences * call.model.vocab * 4,
+    **dict.fromkeys(
+        (f"{DRAWN}{name}" for name in DRAW_PASSES),
+        lambda call, _: Part(num_bytes=call.size.sequences * call.model.vocab * 4),
     ),
+    f"{DRAWN}cut": lambda call, _: Part(num_bytes=call.size.sequences * draw_words(1) * 8),
+    f"{DRAWN}choose": lambda call, _: Part(num_bytes=call.size.sequences * 8),
 }
 
 
@@ -205,10 +283,12 @@ def counts(by_class: Mapping[str, float], mma: Mapping[str, int]) -> Counts:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A kernel as the compiler made it, and units that a turn of a program's main loop does; 0 without a loop."""
+    """A kernel as the compiler made it, and units that a turn of a program's main loop does; 0 without a loop.
+    around: what a turn of the loops around the main one does beside it."""
 
     code: Code
     units: int = 0
+    around: Counts = field(default_factory=Counts)
 
 
 def made_of(seen: Launch, lines: Lines) -> Made:
@@ -225,7 +305,7 @@ def _of_line(line: Mapping[str, Any]) -> Made:
     if not line["loops"]:  # the turn is all there is
         of_turn, outside = Counts(), of_turn
     code = Code(turn=of_turn, outside=outside, **{name: line[name] for name in CODE})
-    return Made(code, line["units"] if line["loops"] else 0)
+    return Made(code, line["units"] if line["loops"] else 0, counts(line["around"], {}))
 
 
 @cache
@@ -233,18 +313,21 @@ def _of_source(name: str, warps: int, shared_bytes: int, source: str) -> Made:
     cubin = _cubin(source)
     code = functions(nvrtc.disassembled(cubin))[name]
     found, usage = loops(code), nvrtc.usage(cubin)[name]
-    routes = name.startswith("route_logits")
-    # Most of sample_draw's loop, which calls divisions, is passed over: what few tokens come to.
-    loop = None if name == "sample_draw" else main_loop(code)
-    if routes and warps > 4:  # the loop of many rows, not of few
+    routes = name.startswith(("route_logits", "route_groups"))
+    drawn = name.startswith(DRAWN)  # loops over bins, and searches: each counts once, though most run but in part
+    loop: Loop | None
+    if name.startswith("route_groups") or (routes and warps > 4):  # the logits' loop; of many rows, not of few
         loop = max(found, key=lambda one: one.classes().get("FP32", 0))
+    else:
+        loop = None if drawn else main_loop(code)
     if loop is None:
         loop = Loop({}, {})
     # Of a branch within the loop one arm runs; of the forms that the kernel has of its loop, one.
     runs = 1 - loop.skipped / 2 / max(loop.issued, 1)
     turn = counts({name: number * runs for name, number in loop.classes().items()}, {})
     straight = Counter(whole(code).instructions)
-    straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
+    if not drawn:
+        straight -= sum((Counter(one.instructions) for one in found if not one.depth), Counter())
     made = Code(
         warps=warps,
         registers=usage.registers,
@@ -260,41 +343,76 @@ def _cubin(source: str) -> bytes:
     return nvrtc.compile_cubin(program(source), options("sm_90"))
 
 
-def to_price(call: Call, seen: Launch, lines: Lines) -> roofs.Launch:
-    """A launch of a call as it is priced."""
+def to_price(call: Call, seen: Launch, lines: Lines) -> list[roofs.Launch]:
+    """A launch of a call as it is priced, by its stages. Which code outside the loop is whose, nobody knows: each
+    has an equal part of it."""
     made, name, programs = made_of(seen, lines), seen.kernel.name, prod(seen.grid)
     part = PARTS[name](call, seen) if name in PARTS else Part(num_bytes=float(call.work.num_bytes))
-    working = programs if part.programs is None else min(programs, round(part.programs))
-    turns = part.units / made.units if made.units else 0.0
-    num_bytes = sum(seen.num_bytes.values()) if part.num_bytes is None else part.num_bytes
-    idle = programs - working
-    return roofs.Launch(code=made.code, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
+    found: list[roofs.Launch] = []
+    stages = part.stages
+    code = replace(made.code, outside=made.code.outside.times(1 / len(stages)))
+    for stage in stages:
+        working = programs if stage.programs is None else min(programs, round(stage.programs))
+        turns = stage.units / made.units if made.units else 0.0
+        num_bytes = sum(seen.num_bytes.values()) if stage.num_bytes is None else stage.num_bytes
+        idle = programs - working if len(stages) == 1 else 0
+        run = replace(code, outside=code.outside.plus(made.around.times(stage.rounds - 1)))
+        priced = roofs.Launch(code=run, programs=working, num_bytes=num_bytes, turns=turns, idle=idle)
+        found.append(replace(priced, follows=bool(found)))
+    return found
 
 
 # --- the table ---------------------------------------------------------------------------------------------
 
 
 def calls() -> Iterator[tuple[str, list[Call]]]:
-    """(name of a cell, the calls that it stands for): several of a model's dense products, else one."""
+    """(name of a cell, the calls that it stands for): one, but two norms of a layer of Small 3."""
     for model, names in LAUNCHED.items():
         for operation, size in product(names, SIZES):
-            for format in CASES[operation].formats:
-                if format != LEFT_OUT and CASES[operation].has(model, size):
-                    found = [_call(operation, one, size, format) for one in _models(operation, model)]
+            known = CASES[door(operation, model)]
+            for format in known.formats if operation != "plan" else ("bf16",):
+                if format != LEFT_OUT and known.has(model, size):
+                    found = as_called(operation, model, size, format)
                     yield f"{operation}, {model.name}, {size.name}, {format}", found
 
 
-def _models(operation: str, model: ModelSizes) -> list[ModelSizes]:
-    """The sizes with which a model calls an operation: linear's case has the product behind attention."""
-    if operation == "linear":
-        return [replace(model, hidden=n, heads=1, head_dim=k, value_dim=k) for k, n in model.projections]
-    return [LATENT_QUERIES] if operation == "rms_norm" else [model]
+def door(operation: str, model: ModelSizes) -> str:
+    """The operation whose case has what a step launches by a name."""
+    return {"linear_in": "linear", "plan": "mla_values" if model.rank else "gqa_decode"}.get(operation, operation)
+
+
+def as_called(operation: str, model: ModelSizes, size: Size, format: str) -> list[Call]:
+    """Calls of a case with the arguments that a step has."""
+    if operation == "linear_in":  # the case has the product behind attention
+        k, n = model.projections[1 if model.query_rank else 0]
+        model = replace(model, hidden=n, heads=1, head_dim=k, value_dim=k)
+    call = _call(door(operation, model), model, size, format)
+    rest = call.arguments[1:]
+    if operation == "plan":
+        return [replace(call, work=operations.moved("plan", model, size.rows), once=True)]
+    if operation in ("linear_in", "gated_mlp") and format in BY_FP8:
+        return [replace(call, arguments=(quantise_rows(call.arguments[0], None), *rest))]
+    if operation == "latents_of":
+        return [replace(call, arguments=(expert_outputs(model, size, Maker(device="meta")), *rest))]
+    if operation.startswith("add_rms_norm"):  # behind attention; and behind a dense MLP
+        of_parts = replace(call, arguments=(_attended(model, size, format), *rest))
+        return [of_parts] if model.experts else [of_parts, call]
+    return [call]
+
+
+def _attended(model: ModelSizes, size: Size, format: str) -> Summands:
+    """Rows, or terms of rows, that the product behind attention leaves."""
+    found: list[Summands] = []
+    of = _call("linear_terms", model, size, format if format in BY_FP8 else "fp8")
+    function = registry.implementations("linear_terms", "cuda")[0].load()
+    dry_run(lambda *given: found.append(function(*given)), *of.arguments)
+    return found[0]
 
 
 def _call(operation: str, model: ModelSizes, size: Size, format: str) -> Call:
     (arguments, *_), work = make_call(operation, model, size, format, torch.device("meta"), cold_bytes=0)
     call = Call(operation, model, size, format, work, arguments)
-    if operation == "expert_mlp":  # of the mean of all choices, not of the one that was drawn
+    if operation in ("expert_mlp", "expert_terms"):  # of the mean of all choices, not of the one that was drawn
         weights = format.partition(" x ")[0]
         call = replace(call, work=operations.expert_mlp(model, size.rows, call.distinct, weights))
     return call
@@ -304,12 +422,13 @@ def predict(found: Sequence[Call], lines: Lines) -> dict[str, Any]:
     """Bytes and operations of a cell's calls, their launches, the instructions that warps issue, and on each card
     their us and the roof that most of these are under."""
     made = ((call, one) for call in found for one in launches(call.operation, call.arguments))
-    seen = [to_price(call, one, lines) for call, one in made if one.kernel.name not in ONCE]
+    counted = ((call, one) for call, one in made if (one.kernel.name in ONCE) == call.once)
+    seen = [stage for call, one in counted for stage in to_price(call, one, lines)]
     result: dict[str, Any] = {
         "bytes": float(sum(call.work.num_bytes for call in found)),
         "flops": float(sum(call.work.operations for call in found)),
         "calls": len(found),
-        "launches": len(seen),
+        "launches": sum(not launch.follows for launch in seen),
         "instructions": round(sum(launch.instructions for launch in seen)),
     }
     for name, card in DATA_SHEETS.items():

@@ -25,26 +25,37 @@ MODEL_S = 75.0  # of a cell of a whole model: the first one of a process makes i
 
 # Operations of Small 4 in the order of what they decide; those that are not named come last.
 ORDER = (
-    *("expert_mlp", "mla_decode", "mla_prefill", "mla_absorb", "mla_unabsorb", "linear", "lm_head", "route"),
-    *("group_by_expert", "draw", "peaks", "top_tokens", "log_probabilities"),
-    *("write_normed_latents", "write_latents", "rms_norm", "add_rms_norm", "rope_tables", "apply_rope"),
+    *("expert_terms", "mla_values", "mla_prefill", "rotate_and_absorb", "linear", "lm_head"),
+    *("route_groups", "draw", "peaks", "top_tokens", "log_probabilities", "norm_latents", "add_rms_norm"),
+    *(
+        "expert_mlp",
+        "mla_decode",
+        "mla_absorb",
+        "mla_unabsorb",
+        "route",
+        "group_by_expert",
+        "write_normed_latents",
+        "write_latents",
+        "rms_norm",
+    ),
+    *("latents_of", "absorbed_queries", "rope_tables", "apply_rope"),
 )
 FIRST_FORMATS = ("nvfp4", "fp8", "bf16")
 DECODES = ("decode 1", "decode 8", "decode 64", "decode 256")
 # The first timings of Small 4, 25 together: operation -> sizes and formats.
 FIRST_TIMINGS = {
-    "expert_mlp": (*(f"{size}, nvfp4" for size in (*DECODES, "prefill 8192")), "decode 64, fp8"),
-    "mla_decode": (
+    "expert_terms": (*(f"{size}, nvfp4" for size in (*DECODES, "prefill 8192")), "decode 64, fp8"),
+    "mla_values": (
         *(f"{size}, fp8" for size in (*DECODES[:1], *DECODES[2:], "decode 64, one prefix", "decode 1 of 256k")),
         "decode 64, bf16",
     ),
     "mla_prefill": ("prefill 8192, fp8",),
-    "mla_absorb": ("decode 64, bf16",),
+    "rotate_and_absorb": ("decode 64, bf16",),
     "linear": ("decode 1, nvfp4", "decode 64, nvfp4", "prefill 8192, nvfp4", "decode 64, bf16"),
     "lm_head": ("decode 1, nvfp4", "decode 64, nvfp4"),
-    "route": ("decode 64, bf16", "prefill 8192, bf16"),
+    "route_groups": ("decode 64, bf16", "prefill 8192, bf16"),
     "draw": ("decode 64, bf16",),
-    "write_normed_latents": ("decode 64, fp8",),
+    "norm_latents": ("decode 64, fp8",),
     "add_rms_norm": ("decode 64, bf16",),
 }
 

@@ -36,8 +36,8 @@ from cierzo.engine.worker.runner import ModelRunner, make_pool
 from cierzo.engine.worker.warm import Compilation
 from cierzo.kernels import registry
 from cierzo.kernels.config import KernelsConfig
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import in_fp8, quantise, stack
-from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import StepRows
@@ -60,7 +60,8 @@ LOAD_S = 20.0  # then what runs is cut off
 BEFORE, STEPS = 8, 4  # decode steps, of which the latter are profiled
 KERNELS = 60  # the longest of them are told
 SLICE_LAYERS, PROMPT = 2, 37  # and tokens of a slice's prompt
-TOLERANCE = 2e-2  # of logits, relative to their root mean square
+# Of logits, relative to their root mean square: between prompts, any two orders of sums differ by 1.2 to 2.1 %.
+TOLERANCE = 3e-2
 # With activations in FP8, whose rounding moves these logits by 9 to 13 %; the last bit of bf16 before it decides
 # about half of that. Products alone are held to far less (conformance.py).
 TOLERANCE_FP8 = 1e-1
@@ -80,14 +81,16 @@ class RandomMatrices(DeviceMatrices):
 
     def matrix(self, request: MatrixRequest) -> Matrix:
         """A matrix of the shape that is asked for; `request.make` is not called."""
-        format = self._weights.of(request.role, "cuda", self._plain)
+        format = self.format_of(request.role)
         if format == self._plain:
             return self._random(request.shape)
         *experts, n, k = request.shape
         matrix = quantise(self._random((n, k)), format)
+        by_fp8 = self.takes_fp8(request.role, format)
+        matrix = matrix if by_fp8 else fp8.weave(matrix)
         if experts:
-            matrix = stack([matrix] * experts[0])
-        return in_fp8(matrix) if self._activations in NUMBER_FORMATS[format].activations else matrix
+            matrix = stack([matrix] * experts[0], experts[0])
+        return in_fp8(matrix) if by_fp8 else matrix
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device=self._device) * shape[-1] ** -0.5
@@ -145,7 +148,7 @@ def make_model(config: EngineConfig, device: torch.device) -> Decoder:
         name: torch.empty(spec.shape, dtype=torch.bfloat16, device="meta")
         for name, spec in parameter_specs(config.model).items()
     }
-    matrices = RandomMatrices(config.weights, torch.bfloat16, device, config.activations)
+    matrices = RandomMatrices(config.weights, torch.bfloat16, device, config.activations, config.head)
     return build_model(config.model, stored, device=device, dtype=torch.bfloat16, matrices=matrices)
 
 

@@ -1,11 +1,7 @@
-"""The experiment that decides heuristics.WIDTH_KEEPS_BITS: one product in tiles of several widths, bit for bit."""
+"""Comparison of a product in tiles of several widths, bit for bit (kernels/triton/widths.py), of a model's size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -13,47 +9,24 @@ import torch
 from cierzo.bench.gpu.calls import make_call
 from cierzo.bench.gpu.cases import Size
 from cierzo.engine.cost.sizes import ModelSizes
-from cierzo.kernels import registry
-from cierzo.kernels.fault import DeviceFault, is_device_error
-from cierzo.kernels.triton import heuristics
+from cierzo.kernels.triton import widths
+from cierzo.kernels.triton.launch import Configuration, dry_run
 
 FORMATS = ("nvfp4", "fp8", "bf16", "fp8 x fp8")
-WIDTHS = (16, 64, 128, 256)  # tokens of a tile: the width of an MMA, or with tokens on M its height
-WIDE, WIDE_WARPS = 128, 8  # from so many tokens on a tile needs so many warps
-TOKENS = Size(name="widths", sequences=max(WIDTHS), rows_each=1, context=32)
+TOKENS = Size(name="widths", sequences=256, rows_each=1, context=32)
 
 
 def compare(format: str, model: ModelSizes, device: torch.device) -> dict[str, Any]:
-    """For each way to compute the product behind attention, whether all bits are those of the usual tile, or why it
-    does not run."""
+    """For each way to compute the product behind attention, whether all bits are those of the first."""
     (arguments, *_), _ = make_call("linear", model, TOKENS, format, device, cold_bytes=0)
-    function = registry.implementations("linear", "cuda")[0].load()
-    usual, found = function(*arguments).view(torch.int16), {}
-    for way in product((False, True), WIDTHS):
-        with tiles(*way):
-            try:
-                equal: bool | str = torch.equal(function(*arguments).view(torch.int16), usual)
-            except Exception as error:  # a tile may need more registers or memory than there are
-                if isinstance(error, DeviceFault) or is_device_error(error):
-                    raise
-                equal = f"{type(error).__name__}: {error}"[:200]
-        on_m, tokens = ("tokens" if way[0] else "weights"), way[1]
-        found[f"{tokens} tokens, {on_m} on M"] = equal
-    narrow = found[f"{heuristics.NARROW} tokens, weights on M"]
-    return {
-        "WIDTH_KEEPS_BITS may be": narrow is True,
-        "all": all(one is True for one in found.values()),
-        "ways": found,
-    }
+    found = widths.compare(*arguments)
+    return {"all": all(found.values()), "ways": found}
 
 
-@contextmanager
-def tiles(tokens_on_m: bool, width: int) -> Iterator[None]:
-    """Every tile has this width and this form within."""
-    before, more = heuristics.TILES, {"num_warps": WIDE_WARPS} if width >= WIDE else {}
-    changes: dict[str, Any] = {"block_t": width, "tokens_on_m": tokens_on_m, **more}
-    heuristics.TILES = {kind: replace(tile, **changes) for kind, tile in before.items()}
-    try:
-        yield
-    finally:
-        heuristics.TILES = before
+def configurations(format: str, model: ModelSizes) -> list[Configuration]:
+    """Configurations of the kernels that are compared."""
+    (arguments, *_), _ = make_call("linear", model, TOKENS, format, torch.device("meta"), cold_bytes=0)
+    found: list[Configuration] = []
+    for one in widths.tiles(*arguments):
+        found += (launched.kernel for launched in dry_run(widths.multiply, *arguments, one))
+    return found

@@ -5,6 +5,7 @@ operations.py   `Work`: bytes and operations of one call of each operation of ke
 data_sheets.py  cards as their maker describes them
 weights.py      a configured model's sizes, the number formats of its matrices, the bytes of them all
 work.py         a step of a model as a list of operations
+launched.py     the same step as a GPU launches it, several operations in one
 device.py       a device: bandwidth, rates, memory, and what kernels reach of them
 roofs.py        seconds of a kernel's launch on a card, from its machine code: the roofs that it is under
 predicted.json  seconds of every operation on the cards by these roofs, written by bench/gpu/predicted.py

@@ -30,8 +30,9 @@ HOST_STEP_S, EXCHANGES_S = 0.25e-3, 0.8e-3
 NVLINK_BYTES_PER_S = 450e9  # 900 GB/s both ways
 PREDICTED = Path(__file__).with_name("predicted.json")
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
-# Kernels that a step counts under another name (work.py): its norms, alone or after a sum.
-STEP_NAMES = {"rms_norm": "norm", "add_rms_norm": "norm"}
+# What the GPU bench has measured -> the operation of a step that it corrects, where that has another name: of the
+# products around attention it times the one behind.
+STEP_NAMES = {"linear": "linear_in"}
 WIDTHS = {"small4": 4096, "small3": 5120}  # of the models of the table
 _NAMED = re.compile(rf"(?:([1-9]\d*)x)?({'|'.join(DATA_SHEETS)})")
 
@@ -69,7 +70,7 @@ def predicted(card: str) -> tuple[str, dict[str, Curve]]:
         calls, (us, roof) = cell["calls"], cell[card]
         point = us / 1e6 / calls, roof, round(cell["launches"] / calls)
         limit_s = _limit_s(DATA_SHEETS[card], cell, format) / calls
-        key = f"{'norm' if operation == 'add_rms_norm' else operation} {format}"
+        key = f"{operation} {format}"
         found[key][limit_s] = found[f"{key}, {WIDTHS[model]} wide"][limit_s] = point
     curves = {}
     for name, points in found.items():

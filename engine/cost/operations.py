@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from cierzo.engine.cost.device import Kind, Number, Rate
 
 KINDS: dict[str, Kind] = {
-    "expert_mlp": "experts",
-    **dict.fromkeys(("mla_decode", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
+    **dict.fromkeys(("expert_mlp", "expert_terms"), "experts"),
+    **dict.fromkeys(("mla_decode", "mla_values", "mla_prefill", "gqa_decode", "gqa_prefill"), "attention"),
     **dict.fromkeys(("linear", "lm_head", "gated_mlp", "route", "mla_absorb", "mla_unabsorb"), "products"),
+    **dict.fromkeys(("linear_in", "linear_terms", "route_groups"), "products"),
+    **dict.fromkeys(("latents_of", "absorbed_queries", "rotate_and_absorb"), "products"),
 }
-INT64, FP32 = 8, 4  # bytes
+INT64, INT32, FP32 = 8, 4, 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,17 @@ MOVED: dict[str, Callable[[ModelSizes, Number, int], Number]] = {
     "write_normed_latents": lambda s, rows, page: (  # the norm's weights, and angles
         rows * (s.page_values * (s.value_bytes + page) + s.rope * FP32) + s.rank * s.value_bytes
     ),
+    "norm_latents": lambda s, rows, page: (  # write_normed_latents, beside the queries' latents
+        MOVED["write_normed_latents"](s, rows, page) + (2 * rows + 1) * s.query_rank * s.value_bytes
+    ),
     "rotate_and_write_keys_values": lambda s, rows, page: (  # queries in place, and angles
         rows * (s.page_values * (s.value_bytes + page) + s.head_dim * (2 * s.heads * s.value_bytes + FP32))
     ),
+    "plan": lambda s, rows, _: rows * 3 * INT32,  # of a sequence: where it starts, its length, an item of work
     "group_by_expert": lambda s, rows, _: (2 * rows * s.top_k + s.experts + 1) * INT64,
+    "sum_terms": lambda s, rows, _: (
+        rows * (s.hidden * (s.top_k + 2) * s.value_bytes + s.top_k * FP32)
+    ),  # and shared
     "peaks": lambda s, rows, _: rows * s.vocab * FP32,
     "draw": lambda s, rows, _: rows * s.vocab * FP32,
     "top_tokens": lambda s, rows, _: rows * s.vocab * FP32,
@@ -164,11 +173,53 @@ def by_head(operation: str, s: ModelSizes, rows: Number) -> Work:
     return Work(operation, moved, 2 * rows * s.heads * k * n, replicated_bytes=moved)
 
 
+def rotate_and_absorb(s: ModelSizes, rows: Number) -> Work:
+    """mla_absorb of queries that are rotated, and scaled, on the way."""
+    absorbed, angles = by_head("mla_absorb", s, rows), rows * (s.rope + 1) * FP32
+    moved = absorbed.num_bytes + angles  # all of which each card moves
+    return replace(absorbed, operation="rotate_and_absorb", num_bytes=moved, replicated_bytes=moved)
+
+
+def latents_of(s: ModelSizes, rows: Number, format: str, page_bytes: int, *, fp8: bool) -> Work:
+    """add_rms_norm, MLA's first product and norm_latents, which leaves FP8 codes or values; what lies between them
+    need not leave the operation."""
+    width = s.query_rank + s.page_values
+    before, after = norm(s, rows, residual=True, row_bytes=0), moved("norm_latents", s, rows, page_bytes)
+    ends = before.num_bytes + after.num_bytes - rows * width * s.value_bytes
+    if fp8:
+        ends += stored("fp8", rows, s.query_rank) - rows * s.query_rank * s.value_bytes
+    num_bytes = ends + stored(format, width, s.hidden)
+    return Work("latents_of", num_bytes, 2 * rows * s.hidden * width, replicated_bytes=num_bytes)
+
+
+def absorbed_queries(s: ModelSizes, rows: Number, format: str, *, fp8: bool) -> Work:
+    """The queries' product, of FP8 codes or of values, and rotate_and_absorb; what lies between them need not leave
+    the operation."""
+    after, width = rotate_and_absorb(s, rows), s.heads * (s.nope + s.rope)
+    read = stored("fp8" if fp8 else "bf16", rows, s.query_rank) + stored(format, width, s.query_rank)
+    num_bytes = read + after.num_bytes + rows * s.heads * (s.rope - s.nope) * s.value_bytes
+    operations = after.operations + 2 * rows * s.query_rank * width
+    return Work("absorbed_queries", num_bytes, operations, replicated_bytes=num_bytes)
+
+
 def mla_decode(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:
     """Generated rows in absorbed form."""
     width = s.rank + s.rope
     moved = rows * s.heads * (width + s.rank) * s.value_bytes
     return Work("mla_decode", context * entry_bytes + moved, 2 * pairs * s.heads * (width + s.rank))
+
+
+def mla_values(decoding: Work, s: ModelSizes, rows: Number) -> Work:
+    """mla_decode and mla_unabsorb, whose latents stay between them."""
+    out = by_head("mla_unabsorb", s, rows)
+    moved = decoding.num_bytes + out.num_bytes - 2 * rows * s.heads * s.rank * s.value_bytes
+    return replace(
+        decoding,
+        operation="mla_values",
+        num_bytes=moved,
+        operations=decoding.operations + out.operations,
+        replicated_bytes=out.replicated_bytes,
+    )
 
 
 def mla_prefill(s: ModelSizes, rows: Number, pairs: Number, context: Number, entry_bytes: float) -> Work:

@@ -73,6 +73,20 @@ class Counts:
     conversions: float = 0.0
     mma_clocks: float = 0.0
 
+    def times(self, number: float) -> Counts:
+        """Count so often."""
+        every = self.issued, self.integers, self.conversions, self.mma_clocks
+        return Counts(*(count * number for count in every))
+
+    def plus(self, other: Counts) -> Counts:
+        """Add other counts."""
+        return Counts(
+            self.issued + other.issued,
+            self.integers + other.integers,
+            self.conversions + other.conversions,
+            self.mma_clocks + other.mma_clocks,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
@@ -90,13 +104,15 @@ class Code:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
     """A launch: programs that work and programs that return at once; turns of a program's main loop; bytes that all
-    of them must move to and from memory."""
+    of them must move to and from memory. follows: a later stage of the launch before, whose programs are there and
+    wait for what that one writes: no kernel of its own, but first loads and last results like any."""
 
     code: Code
     programs: int
     num_bytes: float
     turns: float = 0.0
     idle: int = 0
+    follows: bool = False
 
     @property
     def instructions(self) -> float:
@@ -127,11 +143,13 @@ def resident(card: DataSheet, code: Code) -> int:
 
 
 def seconds(card: DataSheet, launch: Launch) -> dict[str, float]:
-    """Seconds of a launch in a replayed graph, by the roof that they are under; their sum is its time."""
+    """Seconds of a launch, or of a stage, in a replayed graph, by the roof that they are under; their sum is its
+    time."""
     code, capacity = launch.code, card.multiprocessors * resident(card, launch.code)
     outside_s = code.outside.issued * STRAIGHT_CLOCKS / card.clock
     found: defaultdict[str, float] = defaultdict(float)
-    found[LAUNCHES] = NODE_S + START_S + outside_s + START_S * launch.idle / capacity
+    node_s = 0.0 if launch.follows else NODE_S
+    found[LAUNCHES] = node_s + START_S + outside_s + START_S * launch.idle / capacity
     whole, rest = divmod(launch.programs, capacity)
     for count, programs in ((whole, capacity), (1, rest)):
         if count and programs:

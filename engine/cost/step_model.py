@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cierzo.engine.cost.device import Device, Number
+from cierzo.engine.cost.launched import launched_work
 from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.roofs import IN_FLIGHT, LAUNCHES, MEMORY
 from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import Distinct, StepShape, step_work, tower_work, work_beside
+from cierzo.engine.cost.work import Distinct, StepShape, step_work, tower_work
 from cierzo.engine.errors import refusal
 
 if TYPE_CHECKING:
@@ -110,9 +112,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 def price(device: Device, work: Work) -> Price:
     """Price an operation: by what is predicted of it, or its measured share, or the stated one of its kind. Raises
     ConfigError for a device that has none of them."""
-    mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
-    bytes_s = mine / device.bytes_per_s
-    operations_s = work.operations / device.cards / device.operations_per_s[work.rate]
+    bytes_s, operations_s = _least_s(device, work)
     limit_s = np.maximum(bytes_s, operations_s)
     call_s = limit_s / work.calls
     launches: Number = 0.0
@@ -137,6 +137,12 @@ def price(device: Device, work: Work) -> Price:
     return Price(bytes_s=bytes_s, operations_s=operations_s, roofs_s=roofs_s, launches=launches)
 
 
+def _least_s(device: Device, work: Work) -> tuple[Any, Any]:
+    """Seconds for an operation's bytes, and for its arithmetic, at the device's rates."""
+    mine = (work.num_bytes - work.replicated_bytes) / device.cards + work.replicated_bytes  # of one card
+    return mine / device.bytes_per_s, work.operations / device.cards / device.operations_per_s[work.rate]
+
+
 def _either(waits: Any, took_s: Any) -> dict[str, Any]:
     return {MEMORY: np.where(waits, took_s, 0.0), ARITHMETIC: np.where(waits, 0.0, took_s)}
 
@@ -147,20 +153,20 @@ def step_time(
     *,
     rows: Number,
     exchanged_bytes: Number = 0.0,
-    beside: Sequence[Work] = (),
+    launches: Sequence[Work] = (),
     launched: Any = False,
 ) -> StepTotals:
-    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends. beside: operations that
-    are hardly more than their launches. launched: whether the host launches the step's kernels, which are else
-    replayed; it does so while the device computes, and counts where the device has to wait for it."""
-    found, more = ([price(device, work) for work in some] for some in (works, beside))
-    priced = [*zip((*works, *beside), (*found, *more), strict=True)]
+    """Price a step. rows: its sequences. exchanged_bytes: what one of several cards sends. launches: the operations
+    as a GPU launches them, which are then priced in place of `works`. launched: whether the host launches the
+    step's kernels, which are else replayed; it does so while the device computes, and counts where the device has
+    to wait for it."""
+    priced = [(work, price(device, work)) for work in launches or works]
     parts = [(roof, work, each) for work, one in priced for roof, each in one.roofs_s.items()]
     took_s = sum(each for *_, each in parts)
     memory_s = sum(each for roof, _, each in parts if roof in WAITS)
     launches_s = sum(each for roof, _, each in parts if roof == LAUNCHES)
     host_s = sum(one.launches for _, one in priced) * device.launch_s * launched
-    bytes_s, operations_s = [one.bytes_s for one in found], [one.operations_s for one in found]
+    bytes_s, operations_s = zip(*(_least_s(device, work) for work in works), strict=True)
     beyond_s = launches_s + np.maximum(host_s - took_s, 0.0)
     return StepTotals(
         steps=np.ones_like(rows, dtype=np.int64),
@@ -186,7 +192,9 @@ class StepModel:
         """
         plain = "bf16" if config.dtype == "bfloat16" else config.dtype
         on_gpu, activations = device.kind == "cuda", config.activations
-        self.formats = NumberFormats(weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu)
+        self.formats = NumberFormats(
+            weights=config.weights, plain=plain, activations=activations, on_gpu=on_gpu, head=config.head
+        )
         self.device = device
         self._distinct = distinct
         if distinct is None and (moe := config.model.moe) is not None:
@@ -200,6 +208,10 @@ class StepModel:
         """List the operations of a step."""
         return step_work(self._model, self._layout, self.formats, step, self._distinct)
 
+    def launches(self, step: StepShape) -> list[Work]:
+        """List the operations of a step as a GPU launches them."""
+        return launched_work(self._model, self._layout, self.formats, step, self._distinct)
+
     def time(self, step: StepShape, rows: Number) -> StepTotals:
         """Price a step of so many sequences; arrays stand for several steps. Twice a layer each card sends the
         hidden states (bf16) of the other cards' rows."""
@@ -210,7 +222,7 @@ class StepModel:
             self.work(step),
             rows=rows,
             exchanged_bytes=sent,
-            beside=work_beside(self._model, self._layout, step) if self.device.predicted else (),
+            launches=self.launches(step) if self.device.predicted else (),
             launched=(np.asarray(step.expanded_tokens) > 0) | (np.asarray(rows) > self._replayed),
         )
         embedding_s, pair_s = self.image_prices
@@ -238,4 +250,6 @@ class StepModel:
     def image_s(self, embeddings: int) -> float:
         """Price the vision tower's work on an image of so many embeddings."""
         works = tower_work(self._model, self.formats, embeddings)
+        if self.device.predicted:  # as the launches of steps are
+            works = [replace(work, operation="linear_in") for work in works]
         return float(sum(sum(price(self.device, work).roofs_s.values()) for work in works))

@@ -22,9 +22,12 @@ class NumberFormats:
     plain: str = "bf16"
     activations: str = "bf16"
     on_gpu: bool = True
+    head: str = ""  # of lm_head, where it is not the one that follows from the weights'
 
     def of(self, role: MatrixRole) -> str:
         """The format of matrices of a role."""
+        if role == "head" and self.head:
+            return self.head
         return NUMBER_FORMATS[self.weights].of(role, "cuda" if self.on_gpu else "cpu", self.plain)
 
     def rate(self, weights: str) -> Rate:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cierzo.cache.layout import CacheLayout
 from cierzo.engine.cost import operations
-from cierzo.engine.cost.device import Number
+from cierzo.engine.cost.device import Number, Rate
 from cierzo.engine.cost.operations import Work, random_distinct
 from cierzo.engine.cost.sizes import ModelSizes
 from cierzo.engine.cost.weights import NumberFormats, sizes_of
@@ -98,9 +98,21 @@ def step_work(
         parts.append((sparse, tokens, experts, operations.expert_mlp(s, tokens, reached, experts)))
     if s.dense_layers:
         parts.append((s.dense_layers, tokens, linear, operations.gated_mlp(s, tokens, linear)))
-    pages = "bf16" if layout.dtype == "bfloat16" else layout.dtype
-    found: dict[str, Work] = {}
+    found: list[Part] = []
     for layers, rows, format, work in parts:
+        met = replace(formats, activations=formats.plain) if work.operation == "lm_head" else formats
+        stored = pages_of(layout) if work.kind == "attention" else met.measured_as(format)
+        found.append((layers, rows, stored, met.rate(format), work))
+    return in_all_layers(s, found)
+
+
+Part = tuple[int, Number, str, Rate, Work]  # layers, rows, format by the GPU bench's name, rate, work in one layer
+
+
+def in_all_layers(s: ModelSizes, parts: Sequence[Part]) -> list[Work]:
+    """Works in all layers that have them, those of one operation together."""
+    found: dict[str, Work] = {}
+    for layers, rows, format, rate, work in parts:
         times = layers * np.minimum(rows, 1.0)  # nothing is read for no rows
         work = replace(
             work,
@@ -108,33 +120,17 @@ def step_work(
             num_bytes=times * work.num_bytes,
             operations=times * work.operations,
             replicated_bytes=times * work.replicated_bytes,
-            rate=formats.rate(format),
+            rate=rate,
             width=s.hidden,
-            format=pages if work.kind == "attention" else formats.measured_as(format),
+            format=format,
         )
         found[work.operation] = found[work.operation] + work if work.operation in found else work
     return [*found.values()]
 
 
-def work_beside(model: ModelConfig, layout: CacheLayout, step: StepShape) -> list[Work]:
-    """Operations of a step on a GPU that move next to nothing: what they take is their launches. In no limit."""
-    s, tokens = sizes_of(model), step.tokens
-    pages, page_bytes = ("bf16", 2) if layout.dtype == "bfloat16" else (layout.dtype, 1)
-    parts = [(1, "rope_tables", tokens, "bf16"), (1, "draw", step.sampled, "bf16")]
-    if s.rank:
-        parts += [(s.layers, "apply_rope", tokens, "bf16"), (s.layers, "write_normed_latents", tokens, pages)]
-    else:
-        parts.append((s.layers, "rotate_and_write_keys_values", tokens, pages))
-    if model.moe is not None:
-        parts.append((s.layers - s.dense_layers, "group_by_expert", tokens, "bf16"))
-    works = [(layers, format, operations.moved(name, s, rows, page_bytes)) for layers, name, rows, format in parts]
-    if s.query_rank:
-        latents = operations.norm(replace(s, hidden=s.query_rank), tokens)
-        works.append((s.layers, "bf16", replace(latents, operation="rms_norm")))
-    return [
-        replace(work, num_bytes=layers * work.num_bytes, calls=layers, format=format, width=s.hidden)
-        for layers, format, work in works
-    ]
+def pages_of(layout: CacheLayout) -> str:
+    """Number format of the cache's pages."""
+    return "bf16" if layout.dtype == "bfloat16" else layout.dtype
 
 
 def tower_work(model: ModelConfig, formats: NumberFormats, embeddings: int) -> list[Work]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +18,15 @@ from cierzo.engine.weights.quantised import ScaledMatrix, StoredMatrix, StoredPa
 from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import DeviceFormatError, DeviceMatrix, in_fp8, joined, quantise, stack
-from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, MatrixRole
 from cierzo.kernels.formats.packed import PLAIN_FORMATS, Matrix, PackedMatrix
 
+ROWS = 16_384  # of an FP8 matrix that are quantised at a time
 BLOCK_COLUMNS = 128  # GPU kernels read whole multiples under one FP8 scale
+
+
+class _Anew(Exception):
+    """Codes are of another format, or their values in that of the matrix are others."""
 
 
 class PackedMatrices:
@@ -52,14 +59,27 @@ class DeviceMatrices:
     """Gives matrices in the memory of a GPU: a checkpoint's own codes and scales, where they are of the format.
 
     weights: a number format that computes there. activations: the format of the activations that matrices are
-    multiplied with, where their own takes them.
+    multiplied with, where their own takes them. head: the format of lm_head, if not what follows from `weights`.
     """
 
-    def __init__(self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16") -> None:
+    def __init__(
+        self, weights: str, dtype: torch.dtype, device: torch.device, activations: str = "bf16", head: str = ""
+    ) -> None:
         self._weights = NUMBER_FORMATS[weights]
         self._plain = PLAIN_FORMATS[dtype]
         self._device = device
         self._activations = activations
+        self._head = head
+
+    def format_of(self, role: MatrixRole) -> str:
+        """The number format of matrices of a role."""
+        if role == "head" and self._head:
+            return self._head
+        return self._weights.of(role, "cuda", self._plain)
+
+    def takes_fp8(self, role: MatrixRole, format: str) -> bool:
+        """Whether matrices of a role are multiplied with activations in FP8; logits are of what dtype holds."""
+        return role != "head" and self._activations in NUMBER_FORMATS[format].activations
 
     def tensor(self, stored: Parameter) -> Tensor:
         """See MatrixSource."""
@@ -70,13 +90,14 @@ class DeviceMatrices:
 
         Raises CheckpointError for a bad scale, and for weights that the format cannot hold.
         """
-        parameter, format = request.make(), self._weights.of(request.role, "cuda", self._plain)
+        parameter, format = request.make(), self.format_of(request.role)
         if format == self._plain:
             return as_tensor(parameter).to(self._device, copy=True)
         try:
-            kept = _kept(parameter, format)
-            matrix = kept.to(self._device) if kept is not None else _quantised(parameter, format, self._device)
-            if self._activations not in NUMBER_FORMATS[format].activations:
+            woven = not self.takes_fp8(request.role, format)
+            kept = _kept(parameter, format, self._device, woven)
+            matrix = kept if kept is not None else _quantised(parameter, format, self._device, woven)
+            if woven:
                 return matrix
             scales = _activation_scales(parameter)
             return in_fp8(matrix, None if scales is None else scales.to(self._device))
@@ -85,25 +106,33 @@ class DeviceMatrices:
             raise CheckpointError(f"{name}: {error}", field=name) from error
 
 
-def _kept(parameter: Parameter, format: str) -> DeviceMatrix | None:
-    """The stored codes, if the format holds all of them; scales of matrices above one another stay their own."""
+def _kept(parameter: Parameter, format: str, device: torch.device, woven: bool) -> DeviceMatrix | None:
+    """The stored codes, if the format holds all of them; scales of matrices above one another stay their own.
+    An expert at a time is put into the kernels' order there; woven: of FP8, that of fp8.weave."""
     if not isinstance(parameter, StoredParameter):
         return None
     blocks = set[tuple[int, int]]().union(*(fp8_blocks(parts) for parts in parameter.experts))
     rows, columns = max(blocks, default=(0, 0))
     if len(blocks) > 1 or (columns % BLOCK_COLUMNS and columns < parameter.shape[-1]):
         return None
-    experts = [kept_codes(parts, format) for parts in parameter.experts]
-    tensors = [[tensor[None] for tensor in kept] for kept in experts if kept is not None]
-    if len(tensors) < len(experts):
+    codec, block = NUMBER_FORMATS[format].codec(), [(1, columns)] if columns else []
+
+    def experts() -> Iterator[DeviceMatrix]:
+        for parts in parameter.experts:
+            kept = kept_codes(parts, format)
+            if kept is None:
+                raise _Anew
+            one = codec.from_codes(*(tensor.to(device) for tensor in kept), parameter.dtype, *block)
+            yield fp8.weave(one) if woven else one
+
+    try:
+        matrix = stack(experts(), len(parameter.experts)) if parameter.fused else next(experts())
+    except _Anew:
         return None
-    stacked = [joined(of_experts) for of_experts in zip(*tensors, strict=True)]
-    if not parameter.fused:
-        stacked = [tensor[0] for tensor in stacked]
     if not columns:
-        return NUMBER_FORMATS[format].codec().from_codes(*stacked, parameter.dtype)
-    scales, rows = _of_blocks(stacked[1], rows)
-    return fp8.from_codes(stacked[0], scales, parameter.dtype, (rows, columns))
+        return matrix
+    scales, rows = _of_blocks(matrix.scales, rows)
+    return replace(matrix, scales=scales.contiguous(), block=(rows, columns))
 
 
 def _of_blocks(scales: Tensor, rows: int) -> tuple[Tensor, int]:
@@ -141,12 +170,20 @@ def _activation_scale(part: StoredMatrix) -> Tensor | None:
     return part.activation_scale if isinstance(part, ScaledMatrix | GridMatrix) else None
 
 
-def _quantised(parameter: Parameter, format: str, device: torch.device) -> DeviceMatrix:
-    """An expert at a time: in 16 bits and in fp32, all of them together take several times what they will."""
+def _quantised(parameter: Parameter, format: str, device: torch.device, woven: bool) -> DeviceMatrix:
+    """An expert at a time, and of an FP8 matrix some rows: in 16 bits and in fp32, all of them together take
+    several times what they will. woven: as in _kept."""
     if len(parameter.shape) == 2:
-        return quantise(as_tensor(parameter).to(device), format)
-    experts = [
-        quantise(as_tensor(parameter[number : number + 1])[0].to(device), format)
+        whole = as_tensor(parameter)
+        if NUMBER_FORMATS[format].group or len(whole) <= ROWS:
+            matrix = quantise(whole.to(device), format)
+            return fp8.weave(matrix) if woven else matrix
+        pieces = [quantise(whole[start : start + ROWS].to(device), format) for start in range(0, len(whole), ROWS)]
+        codes, scales = ([getattr(one, name)[0] for one in pieces] for name in ("codes", "scales"))
+        matrix = fp8.from_codes(joined(codes), joined(scales), pieces[0].dtype, (1, whole.shape[1]))
+        return fp8.weave(matrix) if woven else matrix
+    experts = (
+        _quantised(as_tensor(parameter[number : number + 1])[0], format, device, woven)
         for number in range(parameter.shape[0])
-    ]
-    return stack(experts)
+    )
+    return stack(experts, parameter.shape[0])

@@ -10,7 +10,8 @@ from typing import Protocol
 import msgspec
 
 from cierzo.cache.manager import KVCacheManager
-from cierzo.engine.config import EngineConfig, spin_briefly
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.environment import spin_briefly
 from cierzo.engine.messages import Abort, CoreStats, Finish, Pixels, Submit, TokenDelta, Vocabulary
 from cierzo.engine.worker.batch import Batch, BatchBuilder
 from cierzo.engine.worker.experts import ExpertCounter

@@ -81,6 +81,7 @@ def fake_config(
         dtype="float32",
         weights="float32",
         activations="float32",
+        head="float32",
         threads=1,
         pin_threads=False,
         overlap=False,

@@ -179,7 +179,7 @@ def _of_contexts(
 def weights_on_meta(config: EngineConfig, parameters: Mapping[str, Parameter]) -> DecoderWeights:
     """The weights that a GPU will hold of loaded parameters, of which no value is read."""
     dtype = DTYPES[config.dtype]
-    matrices = DeviceMatrices(config.weights, dtype, META, config.activations)
+    matrices = DeviceMatrices(config.weights, dtype, META, config.activations, config.head)
     stored = {name: _on_meta(parameter) for name, parameter in parameters.items()}
     return build_model(config.model, stored, device=META, dtype=dtype, matrices=matrices).weights
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cierzo.cache.pool import DTYPES, KVPool
-from cierzo.engine.config import EngineConfig, cache_dir
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.environment import cache_dir
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.model.build import build_model, parameter_specs
 from cierzo.engine.model.decoder import Decoder
@@ -351,7 +352,7 @@ def load_model(
             model = build(matrices, ReadAhead(parameters, reader))
             log.info("weights: %s", matrices.fill(progress))
         elif device.type == "cuda":
-            source = DeviceMatrices(config.weights, dtype, device, config.activations)
+            source = DeviceMatrices(config.weights, dtype, device, config.activations, config.head)
             model = build(source, ReadAhead(parameters, reader, progress=progress))
         elif config.weights == PLAIN_FORMATS[dtype]:
             model = build(PlainMatrices())

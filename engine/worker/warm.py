@@ -11,12 +11,15 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from cierzo.engine.config import EngineConfig, cache_dir
+from cierzo.engine.config import EngineConfig
+from cierzo.engine.environment import cache_dir
 from cierzo.engine.worker.launches import Launches, launches
 from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.fault import watching
+from cierzo.kernels.formats.number_formats import NUMBER_FORMATS
 from cierzo.kernels.ops.block import DecoderWeights
 from cierzo.kernels.triton import compile as compiling
+from cierzo.kernels.triton import widths
 
 
 class Compilation:
@@ -34,6 +37,7 @@ class Compilation:
             return
         self._device = torch.device(config.device)
         with watching("compiling"):
+            widths.settle(formats(config), self._device)
             self._found = launches(config, weights())
             self._missing = compiling.missing(self._found.configurations)
         thread = ThreadPoolExecutor(1)
@@ -60,6 +64,13 @@ class Compilation:
             for configuration in self._found.configurations:
                 compiling.load(configuration)
         return f"{len(self._found.configurations) + len(self._found.kernels)} kernels compiled in {seconds:.1f} s"
+
+
+def formats(config: EngineConfig) -> list[tuple[str, str]]:
+    """Formats of weights and of the activations that they meet, where those are in 16 bits or fewer."""
+    weights_in = NUMBER_FORMATS[config.weights]
+    products = (weights_in.name, weights_in.of("linear", "cuda", "bf16"))
+    return [*((one, config.activations) for one in products), (config.head, "bf16"), ("bf16", "bf16")]
 
 
 def record_steps(record: Callable[[Callable[[], None]], None], number: int) -> str:

@@ -167,9 +167,20 @@ __device__ __forceinline__ void keep_best_groups(float* values, int lane, int ex
     }
 }
 
-__device__ __forceinline__ void choose_for_row(float* values, int lane, int experts, int top_k, int groups,
-                                               int top_groups, int renormalise, float scale, i64* ids, float* weights,
-                                               float* p, unsigned char* chosen) {
+// How experts are chosen: ops/moe.py's route.
+struct Rule {
+    int experts, top_k, groups, top_groups, renormalise;
+    float scale;
+};
+
+// logits [experts] of a row -> its ids and weights [top_k]. p, chosen: this warp's.
+__device__ __forceinline__ void choose_for_row(const float* logits, Rule rule, i64* ids, float* weights, float* p,
+                                               unsigned char* chosen) {
+    const int lane = int(threadIdx.x) % WARP, experts = rule.experts, top_k = rule.top_k;
+    float values[MAX_VALUES];
+#pragma unroll
+    for (int i = 0; i < MAX_VALUES; ++i)
+        values[i] = lane + WARP * i < experts ? logits[lane + WARP * i] : -infinity();
     const bool finite = softmax_of_warp(values, lane, experts);
     if (!finite) {  // the row has no result, but its ids must still be experts
         if (lane < top_k) {
@@ -178,7 +189,8 @@ __device__ __forceinline__ void choose_for_row(float* values, int lane, int expe
         }
         return;
     }
-    if (groups != top_groups) keep_best_groups(values, lane, experts, groups, top_groups, p, chosen);
+    if (rule.groups != rule.top_groups)
+        keep_best_groups(values, lane, experts, rule.groups, rule.top_groups, p, chosen);
     float total = 0.0f, weight = 0.0f;
     int id = 0;
     for (int k = 0; k < top_k; ++k) {
@@ -190,9 +202,9 @@ __device__ __forceinline__ void choose_for_row(float* values, int lane, int expe
         }
     }
     if (lane >= top_k) return;
-    if (renormalise) weight /= total + 1e-20f;
+    if (rule.renormalise) weight /= total + 1e-20f;
     ids[lane] = id;
-    weights[lane] = weight * scale;
+    weights[lane] = weight * rule.scale;
 }
 
 }  // namespace
@@ -227,15 +239,11 @@ extern "C" __global__ void __launch_bounds__(128)
                  int top_groups, int renormalise, float scale) {
     __shared__ float p[CHOICE_WARPS][WARP * MAX_VALUES];
     __shared__ unsigned char chosen[CHOICE_WARPS][MAX_GROUPS];
-    const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
+    const int warp = int(threadIdx.x) / WARP;
     const i64 row = i64(blockIdx.x) * CHOICE_WARPS + warp;
     if (row >= rows) return;  // the whole warp
-    float values[MAX_VALUES];
-#pragma unroll
-    for (int i = 0; i < MAX_VALUES; ++i)
-        values[i] = lane + WARP * i < experts ? logits[row * experts + lane + WARP * i] : -infinity();
-    choose_for_row(values, lane, experts, top_k, groups, top_groups, renormalise, scale, ids + row * top_k,
-                   weights + row * top_k, p[warp], chosen[warp]);
+    const Rule rule = {experts, top_k, groups, top_groups, renormalise, scale};
+    choose_for_row(logits + row * experts, rule, ids + row * top_k, weights + row * top_k, p[warp], chosen[warp]);
 }
 
 // Sorts pairs by expert, keeping their order. A block has `each` tiles of 32 pairs, of which each warp takes a share.
@@ -252,9 +260,9 @@ struct Share {
     int begin, end;  // tiles
 };
 
-__device__ __forceinline__ Share share_of_warp(int pairs, int each) {
+__device__ __forceinline__ Share share_of_warp(int pairs, int each, int block) {
     const int warp = int(threadIdx.x) / WARP, warps = int(blockDim.x) / WARP;
-    const int tiles = (pairs + WARP - 1) / WARP, first = int(blockIdx.x) * each, last = smaller(first + each, tiles);
+    const int tiles = (pairs + WARP - 1) / WARP, first = block * each, last = smaller(first + each, tiles);
     const int of_warp = (each + warps - 1) / warps, begin = smaller(first + warp * of_warp, last);
     return {begin, smaller(begin + of_warp, last)};
 }
@@ -301,40 +309,23 @@ __device__ __forceinline__ int laid_end_to_end(int* firsts, int experts) {
     return before;
 }
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(1024)
-    count_by_expert(const i64* ids, int* counts, int pairs, int each, int experts) {
-    DYNAMIC_SHARED(shared);
-    int* const counters = reinterpret_cast<int*>(shared);
-    const int thread = int(threadIdx.x), threads = int(blockDim.x);
-    count_own(ids, share_of_warp(pairs, each), counters + thread / WARP * experts, pairs, experts);
-    __syncthreads();
-    for (int e = thread; e < experts; e += threads) {
-        int count = 0;
-        for (int w = 0; w < threads / WARP; ++w) count += counters[w * experts + e];
-        counts[i64(blockIdx.x) * experts + e] = count;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-    group_by_expert(const i64* ids, const int* counts, i64* order, i64* starts, int pairs, int each, int experts) {
-    DYNAMIC_SHARED(shared);
-    int* const counters = reinterpret_cast<int*>(shared);
+// Puts the pairs of block `block` of `blocks` in their places; block 0 writes the starts.
+__device__ __forceinline__ void group_pairs(const i64* ids, const int* counts, i64* order, i64* starts, int pairs,
+                                            int each, int experts, int* counters, int block, int blocks) {
     const int thread = int(threadIdx.x), threads = int(blockDim.x), warps = threads / WARP;
     int* const firsts = counters + warps * experts;
     int* const own = counters + thread / WARP * experts;
-    const Share share = share_of_warp(pairs, each);
+    const Share share = share_of_warp(pairs, each, block);
     count_own(ids, share, own, pairs, experts);
     __syncthreads();
     // A thread for each expert: its pairs in all blocks and in earlier blocks; then the first place for each warp.
     for (int e = thread; e < experts; e += threads) {
         int total = 0, next = 0;
 #pragma unroll 8
-        for (int block = 0; counts && block < int(gridDim.x); ++block) {
-            const int count = counts[i64(block) * experts + e];
+        for (int other = 0; counts && other < blocks; ++other) {
+            const int count = counts[i64(other) * experts + e];
             total += count;
-            next += block < int(blockIdx.x) ? count : 0;
+            next += other < block ? count : 0;
         }
         for (int w = 0; w < warps; ++w) {
             const int here = counters[w * experts + e];
@@ -346,9 +337,108 @@ extern "C" __global__ void __launch_bounds__(1024)
     __syncthreads();
     if (thread < WARP) {
         const int total = laid_end_to_end(firsts, experts);
-        if (blockIdx.x == 0 && thread == 0) starts[experts] = total;
+        if (block == 0 && thread == 0) starts[experts] = total;
     }
     __syncthreads();
-    for (int e = thread; blockIdx.x == 0 && e < experts; e += threads) starts[e] = firsts[e];
+    for (int e = thread; block == 0 && e < experts; e += threads) starts[e] = firsts[e];
     walk<true>(ids, share, own, firsts, order, pairs, experts);
+}
+
+// Whether this block is the last of `blocks` to come here; it then sees what the others wrote before. The ticket is 0
+// before the first and after the last. Which block is the last decides who goes on, and no result.
+__device__ __forceinline__ bool is_last(int* ticket, int blocks, int* shared) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *shared = atomicAdd(ticket, 1) == blocks - 1;
+        if (*shared) *ticket = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    return *shared != 0;
+}
+
+// All of a step of few rows in one launch: a block has ROWS rows and ACROSS experts; the last block of these rows
+// chooses for them, and the last of all groups. tickets [gridDim.x + 1].
+template <class X, class W>
+__device__ __forceinline__ void route_and_group(const X* x, i64 x_stride, bool x_aligned, const W* weight,
+                                                i64 weight_stride, bool weight_aligned, float* logits, i64* ids,
+                                                float* weights, i64* order, i64* starts, int* tickets, int rows,
+                                                int width, Rule rule) {
+    __shared__ float p[CHOICE_WARPS * WARP * MAX_VALUES];
+    __shared__ unsigned char chosen[CHOICE_WARPS * MAX_GROUPS];
+    __shared__ int last;
+    DYNAMIC_SHARED(counters);
+    const int warp = int(threadIdx.x) / WARP, blocks = int(gridDim.x), pairs = rows * rule.top_k;
+    tile_of_logits<1>(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, rows, rule.experts,
+                      width);
+    if (!is_last(tickets + blockIdx.x, int(gridDim.y), &last)) return;
+    for (int i = warp; i < ROWS; i += CHOICE_WARPS) {
+        const i64 row = i64(blockIdx.x) * ROWS + i;
+        if (row < rows)
+            choose_for_row(logits + row * rule.experts, rule, ids + row * rule.top_k, weights + row * rule.top_k,
+                           p + warp * WARP * MAX_VALUES, chosen + warp * MAX_GROUPS);
+    }
+    if (!is_last(tickets + blocks, blocks, &last)) return;
+    group_pairs(ids, nullptr, order, starts, pairs, (pairs + WARP - 1) / WARP, rule.experts,
+                reinterpret_cast<int*>(counters), 0, 1);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(1024)
+    count_by_expert(const i64* ids, int* counts, int pairs, int each, int experts) {
+    DYNAMIC_SHARED(shared);
+    int* const counters = reinterpret_cast<int*>(shared);
+    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+    count_own(ids, share_of_warp(pairs, each, int(blockIdx.x)), counters + thread / WARP * experts, pairs, experts);
+    __syncthreads();
+    for (int e = thread; e < experts; e += threads) {
+        int count = 0;
+        for (int w = 0; w < threads / WARP; ++w) count += counters[w * experts + e];
+        counts[i64(blockIdx.x) * experts + e] = count;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    group_by_expert(const i64* ids, const int* counts, i64* order, i64* starts, int pairs, int each, int experts) {
+    DYNAMIC_SHARED(shared);
+    group_pairs(ids, counts, order, starts, pairs, each, experts, reinterpret_cast<int*>(shared), int(blockIdx.x),
+                int(gridDim.x));
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    route_groups_f32_f32(const float* x, i64 x_stride, int x_aligned, const float* weight, i64 weight_stride,
+                     int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
+                     int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
+                     int renormalise, float scale) {
+    route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    route_groups_f32_bf16(const float* x, i64 x_stride, int x_aligned, const bf16* weight, i64 weight_stride,
+                     int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
+                     int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
+                     int renormalise, float scale) {
+    route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    route_groups_bf16_f32(const bf16* x, i64 x_stride, int x_aligned, const float* weight, i64 weight_stride,
+                     int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
+                     int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
+                     int renormalise, float scale) {
+    route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    route_groups_bf16_bf16(const bf16* x, i64 x_stride, int x_aligned, const bf16* weight, i64 weight_stride,
+                     int weight_aligned, float* logits, i64* ids, float* weights, i64* order, i64* starts,
+                     int* tickets, int rows, int width, int experts, int top_k, int groups, int top_groups,
+                     int renormalise, float scale) {
+    route_and_group(x, x_stride, x_aligned, weight, weight_stride, weight_aligned, logits, ids, weights, order, starts,
+                    tickets, rows, width, {experts, top_k, groups, top_groups, renormalise, scale});
 }

@@ -1,133 +1,13 @@
-// Sampling of tokens from logits (ops/sampling.py), one block for each row except for edits. The tokens are those of
-// the reference.
+// Edits of logits and reports of them (ops/sampling.py; draws are in draw.cu), one block for each row except for edits.
+// The tokens are those of the reference.
 #include "sampling.cuh"
 
 namespace {
 
-constexpr u32 LIKELY_WORD = 0xfe000000u;  // one random word in 128 is as large
 constexpr int MOST_TOP = 1024;
 constexpr int NO_ID = 0x7fffffff;
 
-// --- drawing ---
-
-// A row, and this thread's best token so far.
-struct Drawing {
-    const float* logits;
-    int vocab;
-    double temperature, peak;  // peak: the largest score
-    i64 min_mass;
-    u32 key_low, key_high, sample, position;
-    double best;
-    int best_id;
-
-    __device__ __forceinline__ double score(float logit) const { return double(logit) / temperature; }
-
-    // The smallest float whose score is at least `wanted`: scores grow with logits. Each warp searches, in 32 parts at
-    // a time, one for each lane.
-    __device__ __forceinline__ float logit_of(double wanted) const {
-        const int lane = int(threadIdx.x) % WARP;
-        i64 low = i64(key_of(-infinity())), high = i64(key_of(infinity()));
-        while (low < high) {
-            const i64 span = high - low, place = low + span * lane / WARP;
-            const u32 votes = __ballot_sync(ALL_LANES, score(value_of(u32(place))) >= wanted);
-            const int first = votes ? __ffs(int(votes)) - 1 : WARP;
-            if (first < WARP) high = low + span * first / WARP;
-            if (first > 0) low = low + span * (first - 1) / WARP + 1;
-        }
-        return value_of(u32(low));
-    }
-
-    __device__ __forceinline__ void consider(int id, u32 word) {
-        const double own = score(logits[id]), sum = own + gumbel(word);
-        const bool better = sum > best || (sum == best && id < best_id);
-        if (!better || (min_mass > 0 && mass_of(own, peak) < min_mass)) return;
-        best = sum;
-        best_id = id;
-    }
-
-    // Considers the tokens with a logit of at least `low` whose random word is at least `least`.
-    __device__ __forceinline__ void consider_from(float low, u32 least) {
-        const bool aligned = (u64(logits) & 15) == 0;
-        for (int group = int(threadIdx.x); 4 * group < vocab; group += int(blockDim.x)) {
-            const float4 four = load4(logits, 4 * group, vocab, aligned);
-            u32 found = (four.x >= low) | (four.y >= low) << 1 | (four.z >= low) << 2 | (four.w >= low) << 3;
-            if (4 * group + 4 > vocab) found &= (1u << (vocab - 4 * group)) - 1;
-            if (found == 0) continue;
-            const Words words = philox(u32(group), position, sample, key_low, key_high);
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if ((found >> i & 1) && words.c[i] >= least) consider(4 * group + i, words.c[i]);
-        }
-    }
-};
-
-// The smallest logit that the filters keep.
-__device__ __forceinline__ float filtered(Workspace& work, Drawing& row, float highest, i64 top_k, double top_p,
-                                          double min_p) {
-    float low = row.logit_of(row.peak - WINDOW);
-    const auto key = [](int, float value) { return key_of(value); };
-    if (top_k > 0) {
-        const Spread spread(low, highest);
-        const auto bin = [=](int, float value) { return value >= low ? spread(value) : -1; };
-        const Threshold last = find_threshold(
-            work, row.logits, row.vocab, bin, key, [](float) { return u64(1); }, [=](u64) { return u64(top_k); });
-        if (last.reached) low = row.logit_of(row.score(value_of(last.key)));  // unequal logits may have one score
-    }
-    if (top_p < 1) {
-        const Spread spread(low, highest);
-        const auto bin = [=](int, float value) { return value >= low ? spread(value) : -1; };
-        const auto mass = [&](float value) { return u64(mass_of(row.score(value), row.peak)); };
-        const auto wanted = [=](u64 total) { return u64(ceil(top_p * double(i64(total)))); };
-        const Threshold last = find_threshold(work, row.logits, row.vocab, bin, key, mass, wanted);
-        // Not reached: p is close to 1 and its product was rounded up. All tokens stay, as in the reference.
-        low = row.logit_of(row.score(last.reached ? value_of(last.key) : highest));
-    }
-    if (min_p > 0) {
-        row.min_mass = i64(ceil(min_p * 0x1p44));
-        const double least = exact_log((double(row.min_mass) - 0.5) * 0x1p-44) - 1e-6;  // below it masses are too small
-        low = larger(low, row.logit_of(row.peak + least));
-    }
-    return low;
-}
-
-__device__ __forceinline__ int draw_row(Workspace& work, Drawing& row, i64 top_k, double top_p, double min_p) {
-    const float highest = highest_of(work, row.logits, row.vocab);
-    row.peak = row.score(highest);
-    float low = filtered(work, row, highest, top_k, top_p, min_p);
-    // Noise grows with the random word. Consider tokens with a large word first, then those that a smaller word can
-    // still lift to the best score so far. The margin covers rounding; considering a token twice does no harm.
-    row.consider_from(low, LIKELY_WORD);
-    const double likely = largest(work, row.best);
-    low = larger(low, row.logit_of(likely - gumbel(LIKELY_WORD) - 1e-6));
-    row.consider_from(low, 0);
-    const double best = largest(work, row.best);
-    const int id = smallest(work, row.best == best ? row.best_id : NO_ID);
-    return id < row.vocab ? id : 0;
-}
-
 }  // namespace
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    sample_draw(const float* logits, i64 stride, int vocab, const double* temperatures, const i64* top_ks,
-                const double* top_ps, const double* min_ps, const i64* seeds, const i64* samples, const i64* positions,
-                i64* token_ids) {
-    __shared__ Workspace work;
-    const i64 i = blockIdx.x;
-    Drawing row;
-    row.logits = logits + i * stride;
-    row.vocab = vocab;
-    row.temperature = temperatures[i];
-    row.peak = 0;
-    row.min_mass = 0;
-    row.key_low = u32(u64(seeds[i]));
-    row.key_high = u32(u64(seeds[i]) >> 32);
-    row.sample = u32(samples[i]);
-    row.position = u32(positions[i]);
-    row.best = -double(infinity());
-    row.best_id = NO_ID;
-    const int id = draw_row(work, row, top_ks[i], top_ps[i], min_ps[i]);
-    if (threadIdx.x == 0) token_ids[i] = id;
-}
 
 // --- reports ---
 

@@ -100,36 +100,50 @@ __device__ __forceinline__ float value_of(u32 key) {
 
 // --- functions that all threads of a block call together, with the same result for each ---
 
-struct Workspace {
-    u64 bins[BINS];
+struct Slots {
     u64 slots[MOST_WARPS];
+};
+
+struct Workspace : Slots {
+    u64 bins[BINS];
     u64 found[3];
 };
 
+// join is a maximum or a minimum: it may meet a value twice.
 template <class T, class Join>
-__device__ __forceinline__ T over_block(Workspace& work, T value, Join join) {
+__device__ __forceinline__ T over_block(Slots& work, T value, Join join) {
     T* const slots = reinterpret_cast<T*>(work.slots);
     const int lane = int(threadIdx.x) % WARP, warps = int(blockDim.x) / WARP;
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) value = join(value, __shfl_xor_sync(ALL_LANES, value, step));
     if (lane == 0) slots[threadIdx.x / WARP] = value;
     __syncthreads();
-    value = slots[0];
-    for (int w = 1; w < warps; ++w) value = join(value, slots[w]);
+    value = slots[lane < warps ? lane : 0];
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value = join(value, __shfl_xor_sync(ALL_LANES, value, step));
     __syncthreads();
     return value;
 }
 
 template <class T>
-__device__ __forceinline__ T largest(Workspace& work, T value) {
+__device__ __forceinline__ T largest(Slots& work, T value) {
     return over_block(work, value, [](T a, T b) { return b > a ? b : a; });
 }
 template <class T>
-__device__ __forceinline__ T smallest(Workspace& work, T value) {
+__device__ __forceinline__ T smallest(Slots& work, T value) {
     return over_block(work, value, [](T a, T b) { return b < a ? b : a; });
 }
-__device__ __forceinline__ i64 sum_of(Workspace& work, i64 value) {
-    return over_block(work, value, [](i64 a, i64 b) { return a + b; });
+__device__ __forceinline__ i64 sum_of(Slots& work, i64 value) {
+    const int lane = int(threadIdx.x) % WARP, warps = int(blockDim.x) / WARP;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
+    if (lane == 0) work.slots[threadIdx.x / WARP] = u64(value);
+    __syncthreads();
+    value = lane < warps ? i64(work.slots[lane]) : 0;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
+    __syncthreads();
+    return value;
 }
 
 // Calls take(i, values[i]) for this thread's share, ascending, with loads of four values.
@@ -154,35 +168,81 @@ __device__ __forceinline__ float highest_of(Workspace& work, const float* values
 }
 
 // Finds the bin at which the weight of the bins, from the last one down, reaches `wanted`. found[0]: the bin, BINS if
-// all of them do not reach it; found[1]: the weight of the bins above it; found[2]: of all bins. The first warp
-// searches.
+// all of them do not reach it; found[1]: the weight of the bins above it; found[2]: of all bins.
 __device__ __forceinline__ void find_bin(Workspace& work, u64 wanted) {
-    constexpr int EACH = BINS / WARP;
+    const int threads = int(blockDim.x), each = (BINS + threads - 1) / threads;
+    const int lane = int(threadIdx.x) % WARP, top = BINS - 1 - int(threadIdx.x) * each;
     wanted = wanted == 0 ? 1 : wanted;
     __syncthreads();
-    if (threadIdx.x < WARP) {
-        const int lane = int(threadIdx.x), top = BINS - 1 - lane * EACH;
-        u64 own = 0;
-        for (int i = 0; i < EACH; ++i) own += work.bins[top - i];
-        u64 reached = own;
+    u64 own = 0;
+    for (int i = 0; i < each && i <= top; ++i) own += work.bins[top - i];
+    u64 reached = own;
 #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const u64 before = __shfl_up_sync(ALL_LANES, reached, step);
-            if (lane >= step) reached += before;
-        }
-        if (lane == WARP - 1) {
-            work.found[2] = reached;
-            if (reached < wanted) work.found[0] = BINS;
-        }
-        u64 above = reached - own;
-        if (above < wanted && wanted <= reached) {
-            int bin = top;
-            while (bin > top - EACH + 1 && above + work.bins[bin] < wanted) above += work.bins[bin--];
-            work.found[0] = u64(bin);
-            work.found[1] = above;
-        }
+    for (int step = 1; step < WARP; step *= 2) {
+        const u64 before = __shfl_up_sync(ALL_LANES, reached, step);
+        if (lane >= step) reached += before;
+    }
+    if (lane == WARP - 1) work.slots[threadIdx.x / WARP] = reached;
+    __syncthreads();
+    for (int w = 0; w < int(threadIdx.x) / WARP; ++w) reached += work.slots[w];
+    if (int(threadIdx.x) == threads - 1) {
+        work.found[2] = reached;
+        if (reached < wanted) work.found[0] = BINS;
+    }
+    u64 above = reached - own;
+    if (above < wanted && wanted <= reached) {
+        int bin = top;
+        while (bin > 0 && above + work.bins[bin] < wanted) above += work.bins[bin--];
+        work.found[0] = u64(bin);
+        work.found[1] = above;
     }
     __syncthreads();
+}
+
+// The weight of all bins.
+__device__ __forceinline__ u64 total_of(Workspace& work) {
+    u64 own = 0;
+    for (int i = int(threadIdx.x); i < BINS; i += int(blockDim.x)) own += work.bins[i];
+    return u64(sum_of(work, i64(own)));
+}
+
+struct Least {
+    u32 key;
+    u64 above;  // weight of the larger keys
+};
+
+// The largest key for which the weights of it and of all larger keys add up to at least `rest`, which they all do.
+//
+// Elements are i = 0 .. count - 1 with their values, those for which in(i, value). weight(value): a whole number. Three
+// passes find 11, 11 and 10 bits of the key. MANY: of a whole row, read four at a time.
+template <bool MANY, class In, class Key, class Weight>
+__device__ __forceinline__ Least refine(Workspace& work, const float* values, int count, In in, Key key, Weight weight,
+                                        u64 rest) {
+    u32 prefix = 0;
+    u64 above = 0;
+#pragma unroll 1
+    for (int pass = 1; pass < 4; ++pass) {
+        const int shift = pass == 1 ? 21 : pass == 2 ? 10 : 0, digits = pass == 3 ? 10 : 11;
+        for (int i = int(threadIdx.x); i < BINS; i += int(blockDim.x)) work.bins[i] = 0;
+        __syncthreads();
+        const auto take = [&](int i, float value) {
+            if (!in(i, value)) return;
+            const u32 k = key(i, value);
+            if (pass == 1 || k >> (shift + digits) == prefix)
+                atomicAdd(&work.bins[(k >> shift) & ((1u << digits) - 1)], weight(value));
+        };
+        if (MANY)
+            each_value(values, count, take);
+        else
+            for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) take(i, values[i]);
+        find_bin(work, rest);
+        const u64 past = work.found[1];
+        prefix = prefix << digits | u32(work.found[0]);
+        above += past;
+        rest -= past;
+        __syncthreads();
+    }
+    return {prefix, above};
 }
 
 struct Threshold {
@@ -191,50 +251,27 @@ struct Threshold {
     u64 above;  // weight of the larger keys
 };
 
-// The largest key for which the weights of it and of all larger keys add up to at least `wanted(total)`.
-//
-// Elements are i = 0 .. count - 1 with their values. bin(i, value): a bin, or -1 to leave the element out; it must not
-// fall where key(i, value) grows. weight(value): a whole number. The first pass finds the bin; three more find 11, 11
-// and 10 bits of the key among the elements of that bin. The bins spread elements whose keys begin with the same bits.
+// `refine` for the values of a row whose bin is not -1, where `rest` is wanted(sum of their weights); not reached if
+// they have less. bin(i, value) must not fall where key(i, value) grows. The first pass finds the bin, the others a
+// key in it: bins spread elements whose keys begin with the same bits.
 template <class Bin, class Key, class Weight, class Wanted>
 __device__ __forceinline__ Threshold find_threshold(Workspace& work, const float* values, int count, Bin bin, Key key,
                                                     Weight weight, Wanted wanted) {
-    const int thread = int(threadIdx.x), threads = int(blockDim.x);
-    int chosen = 0;
-    u32 prefix = 0;
-    u64 above = 0, rest = 0;
-    for (int pass = 0; pass < 4; ++pass) {
-        const int shift = pass == 1 ? 21 : pass == 2 ? 10 : 0, digits = pass == 3 ? 10 : 11;
-        for (int i = thread; i < BINS; i += threads) work.bins[i] = 0;
-        __syncthreads();
-        each_value(values, count, [&](int i, float value) {
-            int place = bin(i, value);
-            if (place < 0 || (pass > 0 && place != chosen)) return;
-            if (pass > 0) {
-                const u32 k = key(i, value);
-                if (pass > 1 && k >> (shift + digits) != prefix) return;
-                place = int((k >> shift) & ((1u << digits) - 1));
-            }
-            atomicAdd(&work.bins[place], weight(value));
-        });
-        if (pass == 0) {
-            __syncthreads();
-            u64 own = 0;
-            for (int i = thread; i < BINS; i += threads) own += work.bins[i];
-            rest = wanted(over_block(work, own, [](u64 a, u64 b) { return a + b; }));
-        }
-        find_bin(work, rest);
-        const u64 found = work.found[0], past = work.found[1];
-        if (found >= BINS) return {false, 0, 0};  // only possible in the first pass
-        if (pass == 0)
-            chosen = int(found);
-        else
-            prefix = prefix << digits | u32(found);
-        above += past;
-        rest -= past;
-        __syncthreads();
-    }
-    return {true, prefix, above};
+    for (int i = int(threadIdx.x); i < BINS; i += int(blockDim.x)) work.bins[i] = 0;
+    __syncthreads();
+    each_value(values, count, [&](int i, float value) {
+        const int place = bin(i, value);
+        if (place >= 0) atomicAdd(&work.bins[place], weight(value));
+    });
+    __syncthreads();
+    const u64 rest = wanted(total_of(work));
+    find_bin(work, rest);
+    const u64 chosen = work.found[0], past = work.found[1];
+    if (chosen >= BINS) return {false, 0, 0};
+    __syncthreads();
+    const auto in = [&](int i, float value) { return bin(i, value) == int(chosen); };
+    const Least found = refine<true>(work, values, count, in, key, weight, rest - past);
+    return {true, found.key, past + found.above};
 }
 
 // Evenly spaced bins for floats between `low` and `highest`; NaN and smaller values are in bin 0.

@@ -1,16 +1,18 @@
-"""`DeviceMatrix`: weights in few bits, in the order in which the GPU kernels read them: rows of k, as stored.
+"""`DeviceMatrix`: weights in few bits, in the order in which the GPU kernels read them: rows of k.
 
-    format   codes                                             scales                                  row_scales
-    fp8      e4m3 [E,n,k]                                      float32 [E, n/b, k/c], one a block      none
-    nvfp4    uint8 [E,n,k/2]: column 2j in the low half of     e4m3 [E,n,k/16]                         float32 [E,n]
-             byte j, column 2j + 1 in the high half
-    mxfp4    uint8 [E,n,k/2], the same                         uint8 [E,n,k/32], the exponent of two   none
-                                                               plus 127
+    format   codes                            scales                                         row_scales
+    fp8      e4m3 [E,n,k], or woven           float32 [E, n/b, k/c], one a block             none
+             int32 [E,n,k/4] (fp8.py)
+    nvfp4    int32 [E,n,K/8], words of 8      int16 [E,n,K/32]: of columns 32i .. 32i + 15   float32 [E,n]
+             codes (four_bit.py)              in the low half of number i, of the next 16
+                                              in the high half (nvfp4.py)
+    mxfp4    int32 [E,n,K/8], the same        uint8 [E,n,K/32] (mxfp4.py)                    float32 [E,n]
 
-    value    fp8: e4m3(code) * scale.  nvfp4: e2m1(code) * scale * row scale.  mxfp4: e2m1(code) * 2^(scale - 127)
+    value    fp8: e4m3(code) * scale.  4 bits: code's bf16 number * scale's bf16 number * row scale
 
-The order is that of the published checkpoints, whose tensors are taken over as they are. Kernels widen a code to
-the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and its scale exactly;
+K is k filled up to a multiple of 128. The codes and scales of published checkpoints are taken over, and put into
+these orders once, while they are loaded; fp8's only where they do not meet activations in fp8. Kernels widen a code
+to the activations' bf16, which holds every e4m3 number and every product of an e2m1 number and its scale exactly;
 scales of whole rows or blocks multiply fp32 sums. Matrices of bf16 or float32 stay plain tensors.
 
 An fp8 matrix may ask for activations in fp8 too (`in_fp8`, activations.py): codes are then multiplied as they are.
@@ -18,7 +20,7 @@ An fp8 matrix may ask for activations in fp8 too (`in_fp8`, activations.py): cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,13 +39,14 @@ class DeviceFormatError(ValueError):
     """Tensors do not make a matrix of that format, or a weight does not fit it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class DeviceMatrix:
     """Weights [n,k] or [E,n,k] in one of the formats above; E is 1 in the tensors of the former. Never written.
 
     dtype: of the activations that it is multiplied with. block: (rows, columns) of one scale. activations: "plain",
     as they come; "fp8": quantised before the product, by the static activation_scales, fp32 [E], where a checkpoint
-    has them, else row by row. `shape` and `dtype` are there so that a door can check it like a tensor.
+    has them, else row by row. woven: codes of fp8 lie in the order of `fp8.weave`. `shape` and `dtype` are there so
+    that a door can check it like a tensor.
     """
 
     format: str
@@ -55,6 +58,12 @@ class DeviceMatrix:
     block: tuple[int, int]
     activations: Literal["plain", "fp8"] = "plain"
     activation_scales: Tensor | None = None
+    woven: bool = False
+
+    @property
+    def layout(self) -> str:
+        """The format, with the order of its codes if that is not the usual one."""
+        return f"{self.format} woven" if self.woven else self.format
 
     def __getitem__(self, expert: int) -> DeviceMatrix:
         """The [n,k] of one expert, in the same memory."""
@@ -94,6 +103,8 @@ def in_fp8(matrix: DeviceMatrix, scales: Tensor | None = None) -> DeviceMatrix:
     """
     if "fp8" not in NUMBER_FORMATS[matrix.format].activations:
         raise DeviceFormatError(f"activations in fp8 meet weights in fp8 alone, got {matrix.format}")
+    if matrix.woven:
+        raise DeviceFormatError("activations in fp8 meet codes in their natural order")
     if scales is None:
         return replace(matrix, activations="fp8", activation_scales=None)
     if scales.numel() != len(matrix.codes):
@@ -119,7 +130,7 @@ def quantise(
         raise DeviceFormatError(f"weights are [n,k] or [E,n,k], got {list(weight.shape)}")
     dtype = dtype or weight.dtype
     if weight.dim() == 3:
-        return stack([quantise(expert, format, dtype, block) for expert in weight])
+        return stack((quantise(expert, format, dtype, block) for expert in weight), len(weight))
     if not (weight.is_meta or bool(weight.isfinite().all())):
         raise DeviceFormatError(f"{format} cannot hold weights that are not finite")
     chosen = NUMBER_FORMATS[format]
@@ -138,23 +149,23 @@ def dequantise(matrix: DeviceMatrix) -> Tensor:
     return NUMBER_FORMATS[matrix.format].codec().dequantise(matrix).view(matrix.shape)
 
 
-def stack(matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
-    """[n,k] matrices of one format and size -> [E,n,k]."""
-    first = matrices[0]
-    if any((one.format, one.shape, one.block) != (first.format, first.shape, first.block) for one in matrices):
-        raise DeviceFormatError(f"{first.format} {list(first.shape)}: matrices that are stacked must be alike")
-    if any(one.activations != "plain" for one in matrices):
-        raise DeviceFormatError("matrices are stacked before their activations are said to be in fp8")
-    row_scales = [one.row_scales for one in matrices if one.row_scales is not None]
-    return DeviceMatrix(
-        first.format,
-        (len(matrices), *first.shape),
-        first.dtype,
-        joined([one.codes for one in matrices]),
-        joined([one.scales for one in matrices]),
-        joined(row_scales) if row_scales else None,
-        first.block,
-    )
+def stack(matrices: Iterable[DeviceMatrix], count: int) -> DeviceMatrix:
+    """`count` [n,k] matrices of one format and size -> [E,n,k]. Of those that an iterator makes, two at most are
+    held beside the result."""
+    first, whole = None, {}
+    for number, one in enumerate(matrices):
+        if one.activations != "plain":
+            raise DeviceFormatError("matrices are stacked before their activations are said to be in fp8")
+        tensors = {name: t for name in ("codes", "scales", "row_scales") if (t := getattr(one, name)) is not None}
+        if first is None:
+            first = replace(one, codes=one.codes[:0], scales=one.scales[:0], row_scales=None)
+            whole = {name: t.new_empty(count, *t.shape[1:]) for name, t in tensors.items()}
+        if (one.layout, one.shape, one.block) != (first.layout, first.shape, first.block):
+            raise DeviceFormatError(f"{first.format} {list(first.shape)}: matrices that are stacked must be alike")
+        for name, tensor in tensors.items():
+            whole[name][number : number + 1].view(torch.uint8).copy_(tensor.view(torch.uint8))
+    assert first is not None
+    return replace(first, shape=(count, *first.shape), **whole)
 
 
 def four_bit_shape(format: str, codes: Tensor, scales: Tensor, kind: torch.dtype) -> tuple[int, ...]:

@@ -1,11 +1,24 @@
-"""FP8: e4m3 codes, and a float32 scale for each block of a matrix, or each row: weight = e4m3(code) * scale."""
+"""FP8: e4m3 codes, and a float32 scale for each block of a matrix, or each row: weight = e4m3(code) * scale.
+
+Woven rows, for products with bf16, hold the codes of each 64 columns in the order in which a thread of the GPU
+kernels takes them up (triton/eight_bit.py):
+
+    place     | c  c | j  j | h | p |      6 bits of the place within the 64
+    column    | j  j | h | c  c | p |
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cierzo.kernels.formats.device import E4M3, LARGEST_E4M3, SMALLEST, DeviceFormatError, DeviceMatrix, as_experts
+
+WOVEN = 64  # columns that are woven
+WORD = 4  # codes
+NAN = 0x7F  # the code, but for its sign
 
 
 def from_codes(
@@ -46,7 +59,34 @@ def quantise(weight: Tensor, dtype: torch.dtype, block: tuple[int, int] | None =
 
 def dequantise(matrix: DeviceMatrix) -> Tensor:
     """The values, float32 [E,n,k]."""
-    return matrix.codes.float() * _spread(matrix.scales, matrix.block, matrix.codes)
+    codes = _unwoven(matrix.codes) if matrix.woven else matrix.codes
+    return codes.float() * _spread(matrix.scales, matrix.block, codes)
+
+
+def weave(matrix: DeviceMatrix) -> DeviceMatrix:
+    """An fp8 matrix with woven rows, a copy: whoever loads many experts weaves each before it stacks them. Itself
+    where it is multiplied otherwise: with activations in fp8 or fp32, or in columns that are no multiple of 64.
+    Raises DeviceFormatError for a code that stands for NaN."""
+    plain = matrix.activations == "plain" and matrix.dtype == torch.bfloat16
+    if matrix.format != "fp8" or matrix.woven or not plain or matrix.shape[-1] % WOVEN:
+        return matrix
+    experts, n, k = matrix.codes.shape
+    words = torch.empty(experts, n, k // WORD, dtype=torch.int32, device=matrix.codes.device)
+    if words.is_meta:
+        return replace(matrix, codes=words, woven=True)
+    for stored, woven in zip(matrix.codes, words, strict=True):
+        if bool((stored.view(torch.uint8) & NAN == NAN).any()):
+            raise DeviceFormatError("fp8: a code is NaN")
+        woven.copy_(_woven(stored))
+    return replace(matrix, codes=words, woven=True)
+
+
+def _woven(codes: Tensor) -> Tensor:
+    return codes.view(torch.int16).unflatten(-1, (-1, 4, 2, 4)).movedim(-1, -3).flatten(-4).view(torch.int32)
+
+
+def _unwoven(words: Tensor) -> Tensor:
+    return words.view(torch.int16).unflatten(-1, (-1, 4, 4, 2)).movedim(-3, -1).flatten(-4).view(E4M3)
 
 
 def _spread(scales: Tensor, block: tuple[int, int], like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ needed. No torch here. A model's matrices are told apart by role:
 The router, MLA's expansions and the tower stay plain: they are a hundredth of the weights, the first decides which
 experts run, the second multiply every cached token, and no checkpoint quantises the third. lm_head has 8 bits at
 least: in 4, it alone raises the demo model's perplexity by 6 %. On a GPU the checkpoints' own formats run, in which
-the head is plain.
+the head is plain; in FP8 on demand.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ NUMBER_FORMATS: Mapping[str, NumberFormat] = {
             name="mxfp4",
             title="MXFP4",
             value_bytes=0.5 + 1 / 32,
+            row_bytes=4,
             group=32,
             codes_on=("cuda",),
             weight_error=0.13,  # a scale that is a power of two wastes up to half of e2m1's range

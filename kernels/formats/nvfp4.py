@@ -2,7 +2,7 @@
 
     weight = e2m1(code) * scale * multiplier
 
-Checkpoints come in this format, with one multiplier a matrix; their codes and scales are taken over unchanged. The
+Checkpoints come in this format, with one multiplier a matrix; their values are taken over unchanged. The
 library compressed-tensors ("nvfp4-pack-quantized") stores a matrix X, [n,k], as three tensors:
 
     X.weight_packed         uint8 [n, k/2]: column 2j in the low half of byte j, column 2j + 1 in the high half
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cierzo.kernels.formats import e2m1
+from cierzo.kernels.formats import e2m1, four_bit
 from cierzo.kernels.formats.device import (
     E4M3,
     LARGEST_E4M3,
@@ -37,6 +37,10 @@ PANEL_GROUP = 32  # two scales
 LARGEST = 2.0**127  # a row's scales times its codes must not overflow
 LARGEST_SCALE_CODE = 0x7E  # NaN is above, as are negative numbers
 HEADER_BYTES = 128
+# On a GPU a scale is five bits of exponent and three of mantissa, which are those of a bf16 number 2^119 times as
+# large: it takes a code's number, e2m1 * 2^-126, to 2^-7 of the weight, and the row's multiplier holds the rest.
+SCALE_STEP, SCALE_BASE = 16, 0x6F80  # scale * step + base are the bits of the bf16 number
+ROW_FACTOR = 2.0**7
 
 
 def encode(rows: Tensor) -> Tensor:
@@ -84,8 +88,18 @@ def from_codes(codes: Tensor, scales: Tensor, row_scales: Tensor, dtype: torch.d
         whole = whole.reshape(-1, 1).expand(experts, n)
     if whole.numel() != experts * n:
         raise DeviceFormatError(f"nvfp4: row_scales {list(row_scales.shape)} do not fit {list(shape)}")
-    whole = whole.reshape(experts, n).contiguous()
-    return DeviceMatrix("nvfp4", shape, dtype, as_experts(codes), as_experts(scales), whole, (1, GROUP))
+    stored = as_experts(scales.view(torch.uint8))
+    if not stored.is_meta and int(stored.max()) > LARGEST_SCALE_CODE:
+        raise DeviceFormatError("nvfp4: a scale is NaN or negative, must be in 0 .. 448")
+    octets = as_experts(codes).unflatten(2, (-1, GROUP // 2))
+    octets = torch.where(stored[..., None] > 0, octets, 0).flatten(2)  # no scale on a GPU is zero: its codes are
+    filled = pad(
+        _FIVE_BITS.to(stored.device)[stored.int()], (0, (four_bit.stretched(shape[-1]) - shape[-1]) // GROUP)
+    )
+    whole = whole.reshape(experts, n) * ROW_FACTOR
+    return DeviceMatrix(
+        "nvfp4", shape, dtype, four_bit.to_words(octets), filled.view(torch.int16), whole, (1, GROUP)
+    )
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> DeviceMatrix:
@@ -99,8 +113,10 @@ def quantise(weight: Tensor, dtype: torch.dtype) -> DeviceMatrix:
 def dequantise(matrix: DeviceMatrix) -> Tensor:
     """The values, float32 [E,n,k], each rounded once."""
     assert matrix.row_scales is not None
-    values = e2m1.widen(matrix.codes).unflatten(2, (-1, GROUP)) * matrix.scales.float()[..., None]
-    return (values * matrix.row_scales[..., None, None]).flatten(2)
+    k = matrix.shape[-1]
+    bits = matrix.scales.view(torch.uint8)[..., : k // GROUP].int() * SCALE_STEP + SCALE_BASE
+    values = four_bit.codes_as_numbers(matrix.codes, k).unflatten(2, (-1, GROUP))
+    return (values * four_bit.bf16_numbers(bits)[..., None] * matrix.row_scales[..., None, None]).flatten(2)
 
 
 def _grid(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,3 +133,13 @@ def _assemble(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
     octets = join(codes.unflatten(2, (-1, PANEL_GROUP)))
     pairs = scales.view(torch.uint8).unflatten(2, (-1, 2)).permute(0, 2, 3, 1).flatten(2)
     return torch.cat([whole.contiguous().view(torch.uint8), torch.cat([octets, pairs], -1).flatten(1)], -1)
+
+
+def _five_bits() -> Tensor:
+    """The scale on a GPU, uint8, of each e4m3 scale, 0 .. 448; 0 of others and of zero."""
+    scales = torch.arange(1, LARGEST_SCALE_CODE + 1, dtype=torch.uint8).view(E4M3).float()
+    bits = (scales * 2.0**119).view(torch.int32) >> 16
+    return pad((bits - SCALE_BASE) // SCALE_STEP, (1, 255 - LARGEST_SCALE_CODE)).to(torch.uint8)
+
+
+_FIVE_BITS = _five_bits()

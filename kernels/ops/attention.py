@@ -80,7 +80,7 @@ def write_latents(pages: Tensor, slots: Tensor, latents: Tensor, rope_keys: Tens
         rope_keys=(rope_keys, "T P"),
     )
     check.same_dtype("write_latents", latents=latents, rope_keys=rope_keys)
-    _check_pages("write_latents", names["R"] + names["P"], 2, latents=latents, pages=pages)
+    check_pages("write_latents", names["R"] + names["P"], 2, latents=latents, pages=pages)
     check.dtype("write_latents", torch.int64, slots=slots)
     bound.write_latents(pages, slots, latents, rope_keys)
 
@@ -100,7 +100,7 @@ def write_keys_values(k_pages: Tensor, v_pages: Tensor, slots: Tensor, keys: Ten
         v_pages=(v_pages, "B S Hk *"),
     )
     check.same_dtype("write_keys_values", keys=keys, values=values)
-    _check_pages("write_keys_values", names["d"], 1, keys=keys, k_pages=k_pages, v_pages=v_pages)
+    check_pages("write_keys_values", names["d"], 1, keys=keys, k_pages=k_pages, v_pages=v_pages)
     check.dtype("write_keys_values", torch.int64, slots=slots)
     bound.write_keys_values(k_pages, v_pages, slots, keys, values)
 
@@ -137,7 +137,7 @@ def write_normed_latents(
     check.same_dtype("write_normed_latents", kv=kv, norm_weight=norm_weight)
     check.dtype("write_normed_latents", torch.float32, cos=cos, sin=sin)
     check.dtype("write_normed_latents", torch.int64, slots=slots)
-    _check_pages("write_normed_latents", names["W"], 2, kv=kv, pages=pages)
+    check_pages("write_normed_latents", names["W"], 2, kv=kv, pages=pages)
     bound.write_normed_latents(pages, slots, kv, norm_weight, eps, cos, sin, interleaved)
 
 
@@ -167,7 +167,7 @@ def rotate_and_write_keys_values(
     )
     check.dtype("rotate_and_write_keys_values", torch.float32, cos=cos, sin=sin)
     check.dtype("rotate_and_write_keys_values", torch.int64, slots=slots)
-    _check_pages("rotate_and_write_keys_values", width, 1, qkv=qkv, k_pages=k_pages, v_pages=v_pages)
+    check_pages("rotate_and_write_keys_values", width, 1, qkv=qkv, k_pages=k_pages, v_pages=v_pages)
     bound.rotate_and_write_keys_values(k_pages, v_pages, slots, qkv, cos, sin, interleaved)
 
 
@@ -206,7 +206,7 @@ def mla_prefill(
     rope = names["Q"] - names["nope"]
     check.require("mla_prefill", rope > 0, f"q {list(q.shape)} has no rope part beside w_uk {list(w_uk.shape)}")
     check.same_dtype("mla_prefill", q=q, w_uk=w_uk, w_uv=w_uv)
-    _check_pages("mla_prefill", names["R"] + rope, 2, q=q, pages=pages)
+    check_pages("mla_prefill", names["R"] + rope, 2, q=q, pages=pages)
     _check_queries("mla_prefill", q, queries)
     return bound.mla_prefill(q, pages, w_uk, w_uv, queries, scale)
 
@@ -220,9 +220,19 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     """
     names = check.sizes("mla_decode", q=(q, "T H W"), pages=(pages, "B S *"))
     check.require("mla_decode", 0 < rank <= names["W"], f"rank {rank} of q {list(q.shape)}")
-    _check_pages("mla_decode", names["W"], 2, q=q, pages=pages)
+    check_pages("mla_decode", names["W"], 2, q=q, pages=pages)
     _check_queries("mla_decode", q, queries)
     return bound.mla_decode(q, pages, queries, scale, rank)
+
+
+def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_uv: Matrix) -> Tensor:
+    """mla_decode, then mla_unabsorb: q [T,H,R+P], w_uv [H,V,R] of its dtype -> new [T,H,V]."""
+    names = check.sizes("mla_values", q=(q, "T H W"), pages=(pages, "B S *"), w_uv=(w_uv, "H V R"))
+    check.require("mla_values", names["R"] <= names["W"], f"rank {names['R']} of q {list(q.shape)}")
+    check.same_dtype("mla_values", q=q, w_uv=w_uv)
+    check_pages("mla_values", names["W"], 2, q=q, pages=pages)
+    _check_queries("mla_values", q, queries)
+    return bound.mla_values(q, pages, queries, scale, w_uv)
 
 
 def gqa_prefill(
@@ -279,7 +289,7 @@ def _check_gqa(
     check.require(
         operation, names["Hq"] % names["Hk"] == 0, f"{names['Hq']} query heads, {names['Hk']} shared ones"
     )
-    _check_pages(operation, names["d"], 1, q=q, k_pages=k_pages, v_pages=v_pages)
+    check_pages(operation, names["d"], 1, q=q, k_pages=k_pages, v_pages=v_pages)
     _check_queries(operation, q, queries)
     check.require(operation, window is None or window >= 1, f"window {window} is not at least 1")
     if sinks is not None:
@@ -289,7 +299,7 @@ def _check_gqa(
         check.dtype(operation, torch.float32, sinks=sinks)
 
 
-def _check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tensor) -> None:
+def check_pages(operation: str, width: int, num_scales: int, /, **tensors: Tensor) -> None:
     """Check pages, all tensors but the first: `width` wide and of the first one's dtype, or FP8, or INT8."""
     first, *names = tensors
     kind = tensors[names[0]].dtype

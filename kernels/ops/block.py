@@ -2,9 +2,9 @@
 
     residual += x;  out = attention or MLP (rms_norm(residual))
 
-x is the result of the block before (None before the first one); with several ranks it is their sum. Each block
-equals the composition of the single operations (compose.py): an implementation may run it in one go, so that a step
-crosses from Python twice a layer, and not thirty times.
+x is the result of the block before (None before the first one), which may be terms (terms.py); with several ranks
+it is their sum. Each block equals the composition of the single operations (compose.py): an implementation may run
+it in one go, so that a step crosses from Python twice a layer, and not thirty times.
 
 Letters: T rows of the step, D hidden width, H heads, R latent rank, P rope dims, V value dims, Q latent rank of the
 query, E experts, K experts per token, F expert or MLP width; Hq and Hk query and key-value heads, d their width;
@@ -24,6 +24,7 @@ from cierzo.kernels.derived import derived
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops import moe
 from cierzo.kernels.ops.attention import PagedQueries
+from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.registry import bound
 
 
@@ -153,8 +154,8 @@ class DecoderWeights:
 
 
 def mla_block(
-    x: Tensor | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
-) -> Tensor:
+    x: Summands | None, residual: Tensor, weights: MlaWeights, rows: StepRows, tables: PositionTables, pages: Tensor
+) -> Summands:
     """Attention in each row's form; writes the rows' latents into `pages` first -> new [T,D].
 
     x, residual [T,D]; pages [B,S,R+P], or uint8 [B,S,R+P+8] (see attention.py).
@@ -164,27 +165,29 @@ def mla_block(
 
 
 def gqa_block(
-    x: Tensor | None,
+    x: Summands | None,
     residual: Tensor,
     weights: GqaWeights,
     rows: StepRows,
     tables: PositionTables,
     k_pages: Tensor,
     v_pages: Tensor,
-) -> Tensor:
+) -> Summands:
     """Grouped-query attention, halves of each head rotated, queries then scaled; writes keys and values first ->
     new [T,D]."""
     _check("gqa_block", x, residual, weights.norm)
     return bound.gqa_block(x, residual, weights, rows, tables, k_pages, v_pages)
 
 
-def mlp_block(x: Tensor | None, residual: Tensor, weights: MlpWeights) -> Tensor:
+def mlp_block(x: Summands | None, residual: Tensor, weights: MlpWeights) -> Summands:
     """A gated MLP -> new [T,D]."""
     _check("mlp_block", x, residual, weights.norm)
     return bound.mlp_block(x, residual, weights)
 
 
-def moe_block(x: Tensor | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None) -> Tensor:
+def moe_block(
+    x: Summands | None, residual: Tensor, weights: MoeWeights, expert_ids: Tensor | None = None
+) -> Summands:
     """Router, experts and shared expert -> new [T,D]. expert_ids: as in StepRows, of this layer, [T,K]."""
     _check("moe_block", x, residual, weights.norm)
     if expert_ids is not None:
@@ -226,14 +229,14 @@ def _top_ks(weights: DecoderWeights) -> list[int]:
     return [block.top_k for block in weights.blocks if isinstance(block, MoeWeights)]
 
 
-def _check(operation: str, x: Tensor | None, residual: Tensor, norm: Tensor) -> None:
+def _check(operation: str, x: Summands | None, residual: Tensor, norm: Tensor) -> None:
     check.sizes(operation, residual=(residual, "T D"), norm=(norm, "D"))
     check.same_dtype(operation, residual=residual, norm=norm)
     check.require(operation, residual.is_contiguous(), "residual must be contiguous: it is written in place")
     if x is not None:
         check.require(
             operation,
-            x.shape == residual.shape and x.dtype == residual.dtype and x.is_contiguous(),
+            x.shape == residual.shape and x.dtype == residual.dtype and (isinstance(x, Terms) or x.is_contiguous()),
             f"x is {list(x.shape)} {x.dtype}, residual {list(residual.shape)} {residual.dtype}; contiguous",
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cierzo.kernels import check
 from cierzo.kernels.formats.activations import Rows, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.registry import bound
 
 
@@ -21,6 +22,14 @@ def linear(x: Rows, weight: Matrix) -> Tensor:
     check.same_dtype("linear", x=x, weight=weight)
     _check_rows("linear", x, weight)
     return bound.linear(x, weight)
+
+
+def linear_terms(x: Rows, weight: Matrix) -> Summands:
+    """linear, or its terms, where a kernel computes them apart: for operations that add terms as they read them."""
+    check.sizes("linear_terms", x=(x, "T D"), weight=(weight, "N D"))
+    check.same_dtype("linear_terms", x=x, weight=weight)
+    _check_rows("linear_terms", x, weight)
+    return bound.linear_terms(x, weight)
 
 
 def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cierzo.kernels import check
 from cierzo.kernels.formats.activations import QuantisedRows
+from cierzo.kernels.ops.terms import Summands
 from cierzo.kernels.registry import bound
 
 
@@ -22,11 +23,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return bound.rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Summands, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, in place; then rms_norm(residual, weight, eps) -> new [T,D].
 
     x, residual [T,D] and weight [D] of one dtype, bf16 or fp32; the sum is rounded to it before it is
-    normalised. `residual` must not overlap x.
+    normalised. `residual` must not overlap x. x may be terms (terms.py), whose sum is rounded before it is added.
     """
     check.sizes("add_rms_norm", x=(x, "T D"), residual=(residual, "T D"), weight=(weight, "D"))
     check.same_dtype("add_rms_norm", x=x, residual=residual, weight=weight)
@@ -45,7 +46,7 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) ->
 
 
 def add_rms_norm_fp8(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
+    x: Summands, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None
 ) -> QuantisedRows:
     """add_rms_norm, then quantise_rows, to the bit -> new [T,D]. The residual keeps its dtype."""
     check.sizes("add_rms_norm_fp8", x=(x, "T D"), residual=(residual, "T D"), weight=(weight, "D"))

@@ -123,6 +123,11 @@ def mla_decode(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, ra
     return out[:, 0, :, :rank]
 
 
+def mla_values(q: Tensor, pages: Tensor, queries: PagedQueries, scale: float, w_uv: Matrix) -> Tensor:
+    """See ops/attention.py."""
+    return mla_unabsorb(mla_decode(q, pages, queries, scale, w_uv.shape[2]), w_uv)
+
+
 def gqa_prefill(
     q: Tensor,
     k_pages: Tensor,

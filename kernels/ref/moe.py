@@ -12,6 +12,7 @@ from cierzo.kernels.formats.activations import takes_fp8
 from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Terms
 from cierzo.kernels.ref.linear import gated_mlp
 
 
@@ -32,6 +33,21 @@ def route(
     if renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return chosen if ids is None else ids.copy_(chosen), weights * scale if scale != 1.0 else weights
+
+
+def route_groups(
+    x: Tensor,
+    weight: Matrix,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ops/moe.py."""
+    ids, weights = route(x, weight, top_k, groups, top_groups, renormalise, scale, ids)
+    return ids, weights, *group_by_expert(ids, weight.shape[0])
 
 
 def _mask_groups(scores: Tensor, groups: int, top_groups: int) -> Tensor:
@@ -66,18 +82,40 @@ def expert_mlp(
     shared_down: Matrix | None,
 ) -> Tensor:
     """See ops/moe.py."""
-    slots = weights.shape[1]
-    rows = x[order // slots]
-    outputs = _each_expert(rows, _by_expert(gate_up), _by_expert(down), starts.tolist())
-    by_slot = torch.empty_like(outputs)
-    by_slot[order] = outputs
-    by_slot = by_slot.view(-1, slots, x.shape[1])
+    by_slot = _by_slot(x, gate_up, down, weights, order, starts)
+    slots, by_slot = weights.shape[1], by_slot.view(-1, weights.shape[1], x.shape[1])
     total = by_slot[:, 0].float() * weights[:, :1]
     for slot in range(1, slots):
         total.addcmul_(by_slot[:, slot].float(), weights[:, slot : slot + 1])
     if shared_gate_up is not None and shared_down is not None:
         total += gated_mlp(x, shared_gate_up, shared_down)
     return total.to(x.dtype)
+
+
+def expert_terms(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Terms:
+    """See ops/moe.py."""
+    values = [_by_slot(x, gate_up, down, weights, order, starts)]
+    if shared_gate_up is not None and shared_down is not None:
+        values.append(gated_mlp(x, shared_gate_up, shared_down))
+    return Terms(torch.cat(values), weights, x.dtype)
+
+
+def _by_slot(x: Tensor, gate_up: Matrix, down: Matrix, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """Outputs of the experts of every pair of a token and a slot, [T*K,D]."""
+    rows = x[order // weights.shape[1]]
+    outputs = _each_expert(rows, _by_expert(gate_up), _by_expert(down), starts.tolist())
+    by_slot = torch.empty_like(outputs)
+    by_slot[order] = outputs
+    return by_slot
 
 
 def _by_expert(matrix: Matrix) -> Tensor | DeviceMatrix:

@@ -20,7 +20,7 @@ from triton import next_power_of_2
 
 from cierzo.kernels.formats.activations import QuantisedRows, Rows
 from cierzo.kernels.formats.device import E4M3, LARGEST_E4M3, SMALLEST
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.product import row_stride
 
 LARGEST = tl.constexpr(LARGEST_E4M3)
@@ -145,7 +145,7 @@ def quantise_pairs(
 def empty_rows(like: Rows, count: int, width: int) -> QuantisedRows:
     """Uninitialised rows [count, width], on the device of `like` and for its dtype."""
     codes = torch.empty(count, width, dtype=E4M3, device=like.device)
-    return QuantisedRows(codes, torch.empty(count, dtype=torch.float32, device=like.device), like.dtype)
+    return QuantisedRows(codes, codes.new_empty(count, dtype=torch.float32), like.dtype)
 
 
 def row_pointers(rows: QuantisedRows, scale: Tensor | None) -> dict[str, Tensor]:
@@ -154,6 +154,7 @@ def row_pointers(rows: QuantisedRows, scale: Tensor | None) -> dict[str, Tensor]
     return {"codes_ptr": rows.codes, "scales_ptr": rows.scales, **static}
 
 
+@kept
 def rows_configuration(pointer: str, width: int, stride: int, static: bool) -> Configuration:
     """pointer: to the values, such as "*bf16". stride: of x's rows, in values."""
     constants: dict[str, Any] = {"X_STRIDE": stride, **row_constants(width), "STATIC": static}
@@ -162,6 +163,7 @@ def rows_configuration(pointer: str, width: int, stride: int, static: bool) -> C
     return Configuration(_quantise_rows, types, constants, num_warps=row_warps(width))
 
 
+@kept
 def pairs_configuration(
     pointer: str, width: int, stride: int, experts: int, slots: int, static: bool, shared: bool
 ) -> Configuration:

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels import check
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.cuda.launch.kernel import divide_up
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.norm import normed
 from cierzo.kernels.triton.paged import require_pages
 from cierzo.kernels.triton.rope import rotated_pairs, store_pairs
@@ -159,7 +160,7 @@ def rotate_and_write_keys_values(
     )
     launch(
         configuration,
-        (qkv.shape[0], triton.cdiv(heads + shared, configuration.constants["HEADS"])),
+        (qkv.shape[0], divide_up(heads + shared, configuration.constants["HEADS"])),
         k_pages_ptr=k_pages,
         v_pages_ptr=v_pages,
         slots_ptr=slots,
@@ -169,6 +170,7 @@ def rotate_and_write_keys_values(
     )
 
 
+@kept
 def write_configuration(
     pointer: str, pages: str, heads: int, width: int, offset: int, page_strides: tuple[int, int]
 ) -> Configuration:
@@ -186,6 +188,7 @@ def write_configuration(
     return Configuration(_write_rows, types | {"rows_token": "i32", "rows_head": "i32"}, constants, num_warps=1)
 
 
+@kept
 def normed_configuration(
     pointer: str, pages: str, rank: int, pairs: int, stride: int, interleaved: bool
 ) -> Configuration:
@@ -203,6 +206,7 @@ def normed_configuration(
     return Configuration(_write_normed_latents, types, constants, num_warps=1)
 
 
+@kept
 def rotate_configuration(
     pointer: str, pages: str, heads: tuple[int, int], pairs: int, stride: int, interleaved: bool
 ) -> Configuration:

@@ -30,7 +30,7 @@ from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration, settle
+from cierzo.kernels.triton.launch import POINTER, Configuration, take_digests
 
 WARP_THREADS = 32
 MOST_PROCESSES = 16  # of half a gigabyte of memory each; Small 4 has less than a hundred configurations
@@ -89,7 +89,7 @@ def compile_ahead(configuration: Configuration, capability: int = 90) -> Any:
     """Triton's compiled kernel, for compute capability 9.0 (H100, H200) by default; also put into Triton's cache on
     disk, where a launch of the same configuration finds it. Raises what the compiler raises."""
     with _ahead(capability):
-        return _warmed(configuration)
+        return warmed(configuration)
 
 
 def compile_launcher(configuration: Configuration, capability: int = 90) -> None:
@@ -102,7 +102,7 @@ def compile_launcher(configuration: Configuration, capability: int = 90) -> None
 
 def load(configuration: Configuration) -> None:
     """Load a kernel and its launcher for the current GPU: a launch then finds them in memory."""
-    _warmed(configuration).run  # noqa: B018 (a property that loads)
+    warmed(configuration).run  # noqa: B018 (a property that loads)
 
 
 def missing(configurations: Sequence[Configuration]) -> list[Configuration]:
@@ -198,15 +198,15 @@ def _ask(process: Popen[bytes], configuration: Configuration) -> None:
         raise CompileError(f"{configuration.name} {dict(configuration.constants)}: {error}")
 
 
-def _warmed(configuration: Configuration) -> Any:
+def warmed(configuration: Configuration) -> Any:
     """Have Triton compile, or find in a cache, what a launch on the active driver's device wants."""
-    settle()
+    take_digests()
     arguments = {name: _argument(configuration, name, kind) for name, kind in configuration.types.items()}
     return configuration.kernel.warmup(grid=(1,), **arguments, **configuration.constants, **configuration.options)
 
 
 def _with_launcher(configuration: Configuration) -> None:
-    compiled = _warmed(configuration)
+    compiled = warmed(configuration)
     CudaLauncher(compiled.src, compiled.metadata)
 
 

@@ -7,11 +7,11 @@ the number of tokens does not change it.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.cuda.launch.kernel import divide_up
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64
 
@@ -43,7 +43,7 @@ def expand(latents: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty(len(latents), heads, width, dtype=weight.dtype, device=weight.device)
     launch(
         expand_configuration(POINTER[weight.dtype], rank, heads * width, latents.stride(0)),
-        (triton.cdiv(heads * width, COLUMNS), triton.cdiv(len(latents), ROWS)),
+        (divide_up(heads * width, COLUMNS), divide_up(len(latents), ROWS)),
         latents_ptr=latents,
         weight_ptr=weight,
         out_ptr=out,
@@ -52,6 +52,7 @@ def expand(latents: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+@kept
 def expand_configuration(pointer: str, rank: int, columns: int, stride: int) -> Configuration:
     """columns: N. stride: of the latents' rows, in values."""
     types = dict.fromkeys(("latents_ptr", "weight_ptr", "out_ptr"), pointer) | {"num_rows": "i32"}

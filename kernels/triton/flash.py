@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.paged import load_tile, page_rows, tile_width
 from cierzo.kernels.triton.softmax import masked, sink_of, softmax_step
 
@@ -105,11 +105,10 @@ def _step(
     if B > 0:
         shared = load_tile(shared_ptr, rows, live, tl.arange(0, BLOCK_B), SHARED_STRIDE, B, BLOCK_B)
         scores = tl.dot(q_shared, shared.T, scores, input_precision="ieee")
-    scores *= factor
     if MASKED:
         scores = masked(scores, position + tl.arange(0, TOKENS), sees, WINDOW)
     values = load_tile(values_ptr, rows, live, tl.arange(0, BLOCK_V), HK * V, V, BLOCK_V)
-    return softmax_step(scores, values, acc, largest, total, WINDOW > 0)
+    return softmax_step(scores, factor, values, acc, largest, total, WINDOW > 0)
 
 
 @kernel
@@ -338,6 +337,7 @@ class Flash:
         )
 
 
+@kept
 def gather_configuration(
     pointer: str, pages: str, heads: int, width: int, num_values: int, keys: bool, block_tokens: int
 ) -> Configuration:
@@ -361,6 +361,7 @@ def gather_configuration(
     return Configuration(_gather, types, constants)
 
 
+@kept
 def flash_configuration(
     pointer: str,
     heads: tuple[int, int],

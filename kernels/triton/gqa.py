@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.triton import split
+from cierzo.kernels.triton.combine import into_rows
 from cierzo.kernels.triton.flash import Flash, Operands, gather, rounds
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel
 from cierzo.kernels.triton.paged import load_tile, page_rows, require_attention, tile_width
 from cierzo.kernels.triton.softmax import LOG2_E, masked, softmax_step
 from cierzo.kernels.triton.split import Shape, load_item, round_items, store_partial
@@ -70,9 +71,9 @@ def _gqa_attend(
         page_row = page_rows(table, positions, live, S) * HK + kv_head
         keys = load_tile(k_pages_ptr, page_row, live, columns, D, D, BLOCK_D).to(dtype)
         values = load_tile(v_pages_ptr, page_row, live, columns, D, D, BLOCK_D).to(dtype)
-        scores = tl.dot(q, keys.T, input_precision="ieee") * factor
+        scores = tl.dot(q, keys.T, input_precision="ieee")
         scores = masked(scores, positions, sees, WINDOW)
-        acc, largest, total = softmax_step(scores, values, acc, largest, total, True)
+        acc, largest, total = softmax_step(scores, factor, values, acc, largest, total, True)
     place = slot.to(tl.int64) * HK + kv_head
     store_partial(partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, ROWS, D, BLOCK_D)
 
@@ -95,9 +96,10 @@ def gqa_decode(
         POINTER[q.dtype], POINTER[k_pages.dtype], shape, k_pages.shape[1], (q.stride(0), q.stride(1))
     )
     out = q.new_empty(q.shape)
-    split.decode(
-        configuration, out, queries, shape, scale, sinks, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages
-    )
+    finish = into_rows(out, shape, sinks)
+    made = split.plan(queries, shape, out.shape[0])
+    factor = scale * LOG2_E
+    split.decode(configuration, out, made, shape, factor, finish, q_ptr=q, k_pages_ptr=k_pages, v_pages_ptr=v_pages)
     return out
 
 
@@ -120,6 +122,7 @@ def gqa_prefill(
     return out
 
 
+@kept
 def decode_configuration(
     pointer: str, pages: str, shape: Shape, block_tokens: int, strides: tuple[int, int]
 ) -> Configuration:
@@ -135,7 +138,7 @@ def decode_configuration(
         "ROWS": shape.rows,
         "TOKENS": TOKENS,
         "BLOCK_D": tile_width(shape.width),
-        **split.SPLITS.constants(),
+        **shape.cut.constants(),
         "WINDOW": shape.window,
     }
     return Configuration(_gqa_attend, types, constants, num_warps=4, num_stages=2)

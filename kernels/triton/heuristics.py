@@ -3,24 +3,31 @@
 A row's bits must not depend on the rows beside it, so the number of tokens decides only between forms that add the
 same products in the same order.
 
-A narrow tile for few tokens and a wide one for many would be faster at both ends. MMA instructions of 16 and of 64
-columns, and with exchanged operands, very likely add the products of an output in the same order, and K is walked
-in the same steps; but only a test on a card can prove it. Until one finds the bits equal, WIDTH_KEEPS_BITS stays
-False, and one tile serves every number of tokens.
+Tiles of few tokens and of many (SIZED) do: weights are on M, k is walked in one order, and a step deeper than
+another does what two of the other's do. Whether MMA instructions of 16 and of 128 columns add alike is the card's
+part: widths.py has it compute a product in every width when an engine starts, and where a bit differs,
+WIDTH_KEEPS_BITS becomes False for the process and one tile serves every number of tokens. Without a card it is
+taken for true.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import GROUP
-from cierzo.kernels.triton.launch import ALIGNMENT
+from cierzo.kernels.formats.four_bit import STRETCH
+from cierzo.kernels.triton.launch import ALIGNMENT, KEPT_RESULTS
 from cierzo.kernels.triton.product import Weights
 
-WIDTH_KEEPS_BITS = False  # see above: to be set once a test on a card has shown it
-FEW_TOKENS = 16  # at most so many tokens of a product, or of an expert on average, take a narrow tile
+WIDTH_KEEPS_BITS = True  # see above; widths.py sets it
+_forced: Tile | None = None  # instead of any other
+_Chooser = TypeVar("_Chooser", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 4
     described: bool = False  # weights, and contiguous rows of x, are read through tensor descriptors
+    together_n: int = 64  # outputs where a program adds up parts of k: registers hold a part's sum beside the total
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -41,51 +49,139 @@ class Tile:
         blocks = {"BLOCK_N": self.block_n, "BLOCK_T": self.block_t, "BLOCK_K": self.block_k}
         return {**blocks, "TOKENS_ON_M": self.tokens_on_m, "DESCRIBED": self.described}
 
-    def weight_block(self, format: str) -> tuple[int, int]:
-        """Rows and columns of codes, in their elements, that one load through a descriptor brings."""
-        return self.block_n, self.block_k // 2 if format in GROUP else self.block_k
+    def blocks(self, format: str, codes: Sequence[str], rows: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Rows and columns that one load through a descriptor brings, in their elements, by the pointers' names:
+        those to codes, and those to activations. Empty without descriptors."""
+        if not self.described:
+            return {}
+        columns = self.block_k // (fp8.WORD if format == "fp8 woven" else 1)
+        return dict.fromkeys(codes, (self.block_n, columns)) | dict.fromkeys(rows, (self.block_t, self.block_k))
 
 
-# (format, paired) -> tile, chosen by the code that the compiler generates for sm_90, not yet by timing. bf16
-# weights are on M. Widened codes could be too, from registers, but then the compiler copies the codes in pieces of
-# 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time and needs fewer registers. A
-# step of a 4-bit format is 128 columns of k: the scales of 64 would be less than 4 bytes a thread, and would not be
-# copied ahead. fp32 is for tests and runs without tensor cores.
+# (format, paired) -> tile, chosen by the code that the compiler generates for sm_90, not yet by timing. Weights of
+# bf16, woven fp8 and 4 bits are on M. Codes of natural order could be too, from registers, but then the compiler
+# copies them in pieces of 8 or 4 bytes, laid out for the MMA; with tokens on M it copies 16 bytes at a time. fp32
+# is for tests and runs without tensor cores.
 TILES = {
     ("bf16", False): Tile(block_n=128, block_t=64, block_k=64),
     ("bf16", True): Tile(block_n=64, block_t=64, block_k=64),
     ("fp8", False): Tile(block_n=128, block_t=64, block_k=64, tokens_on_m=True),
     ("fp8", True): Tile(block_n=64, block_t=64, block_k=64, tokens_on_m=True),
-    ("fp8 x fp8", False): Tile(block_n=128, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
-    ("fp8 x fp8", True): Tile(block_n=64, block_t=128, block_k=128, tokens_on_m=True, num_warps=8, num_stages=4),
-    ("nvfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("nvfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("mxfp4", False): Tile(block_n=128, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
-    ("mxfp4", True): Tile(block_n=64, block_t=64, block_k=128, tokens_on_m=True, num_stages=3),
+    ("fp8 woven", False): Tile(block_n=128, block_t=64, block_k=128, num_stages=3),
+    ("fp8 woven", True): Tile(block_n=64, block_t=64, block_k=128, num_stages=3),
+    ("fp8 woven by blocks", False): Tile(block_n=128, block_t=32, block_k=128),
+    ("fp8 woven by blocks", True): Tile(block_n=64, block_t=32, block_k=128),
+    ("fp8 x fp8", False): Tile(block_n=128, block_t=128, block_k=128, num_warps=8),
+    ("fp8 x fp8", True): Tile(block_n=64, block_t=128, block_k=128, num_warps=8),
+    ("nvfp4", False): Tile(block_n=128, block_t=32, block_k=128),
+    ("nvfp4", True): Tile(block_n=64, block_t=32, block_k=128),
+    ("mxfp4", False): Tile(block_n=128, block_t=32, block_k=128),
+    ("mxfp4", True): Tile(block_n=64, block_t=32, block_k=128),
     ("fp32", False): Tile(block_n=32, block_t=32, block_k=32),
     ("fp32", True): Tile(block_n=32, block_t=32, block_k=32),
 }
-NARROW = 16  # tokens of a narrow tile
+
+
+def _sizes(block_n: int, block_k: int) -> tuple[Tile, ...]:
+    """Tiles of 16, 32 and 64 tokens, of four warps."""
+    stages = {16: 4, 32: 4, 64: 3}
+    return tuple(Tile(block_n, tokens, block_k, num_stages=number) for tokens, number in stages.items())
+
+
+def _wide(block_n: int, block_k: int, num_stages: int = 4, together_n: int = 64) -> Tile:
+    """A tile of 128 tokens, of eight warps."""
+    return Tile(block_n, 128, block_k, num_warps=8, num_stages=num_stages, together_n=together_n)
+
+
+# The same by number of tokens: the first tile that holds them, else the last. Tiles of a row add the same products
+# in the same order: weights on M, k in one order; where each step is a chain of its own (fp8 x fp8, scales of
+# blocks) steps are of one size. Of eight warps, four and four share the tokens where block_n is 64, and each four
+# widen all weights.
+SIZED = {
+    ("bf16", False): (*_sizes(128, 64), _wide(128, 64, together_n=128)),
+    ("bf16", True): (*_sizes(64, 64), _wide(128, 64)),
+    ("fp8 woven", False): (*_sizes(128, 128), _wide(128, 64, together_n=128)),
+    ("fp8 woven", True): (*_sizes(64, 128), _wide(128, 64, num_stages=3)),
+    # A tile of 64 tokens would spill: the sum of a step stands beside the total.
+    ("fp8 woven by blocks", False): (*_sizes(128, 128)[:2], _wide(128, 128, num_stages=3)),
+    ("fp8 woven by blocks", True): (*_sizes(64, 128)[:2], _wide(64, 128, num_stages=3)),
+    ("fp8 x fp8", False): (*_sizes(128, 128), _wide(128, 128)),
+    ("fp8 x fp8", True): (*_sizes(64, 128), _wide(64, 128)),
+    ("nvfp4", False): (*_sizes(128, STRETCH), _wide(128, STRETCH, num_stages=3)),
+    ("nvfp4", True): (*_sizes(64, STRETCH), _wide(64, STRETCH, num_stages=3)),
+    # With eight warps the scales would be 2 bytes a thread, and would not be copied ahead.
+    ("mxfp4", False): _sizes(128, STRETCH),
+    ("mxfp4", True): _sizes(64, STRETCH),
+}
+
+
+def sizes(weights: Weights, activations: str, paired: bool) -> tuple[Tile, ...]:
+    """Tiles of one row of SIZED: those for weights, and for activations of a type such as "*bf16"."""
+    return SIZED.get((family(weights, activations), paired), ())
+
+
+def family(weights: Weights, activations: str) -> str:
+    """First part of a key of TILES and SIZED."""
+    if activations == "*fp32":
+        return "fp32"
+    format = "bf16" if weights.format == "plain" else weights.format
+    if activations == "*fp8e4nv":
+        return f"{format} x fp8"
+    by_blocks = format == "fp8 woven" and weights.scale_block[1] < weights.k
+    return f"{format} by blocks" if by_blocks else format
 
 
 def tile(weights: Weights, activations: str, paired: bool, tokens: int = 0) -> Tile:
-    """Tile for weights, and for activations of a type such as "*bf16". tokens: of one product; ignored until the
-    width of a tile is known to keep the bits. Raises ArgumentError for scales whose columns are not whole steps of
-    a tile."""
-    kind = format = "bf16" if weights.format == "plain" else weights.format
-    if activations == "*fp8e4nv":
-        kind = f"{format} x fp8"
-    chosen = TILES["fp32" if activations == "*fp32" else kind, paired]
-    block_k = weights.scale_block[1]
-    if format == "fp8" and block_k < weights.k and block_k % chosen.block_k:
+    """Tile for weights, and for activations of a type such as "*bf16". tokens: of one product, at most or nearly
+    so. Raises ArgumentError for scales whose columns are not whole steps of a tile."""
+    kind, format, block_k = family(weights, activations), weights.format, weights.scale_block[1]
+    chosen = TILES[kind, paired]
+    by_blocks = format in ("fp8", "fp8 woven") and block_k < weights.k
+    if by_blocks and block_k % chosen.block_k:
         raise ArgumentError(
             f"fp8 scales of {block_k} columns: kernels take multiples of {chosen.block_k}, or all of k"
         )
     if activations == "*fp32":
-        return chosen
-    if WIDTH_KEEPS_BITS and tokens <= FEW_TOKENS:
-        return replace(chosen, block_t=NARROW, tokens_on_m=False)
+        if format == "fp8 woven":
+            raise ArgumentError("fp8 weights are woven for activations in bf16, got fp32")
+        return replace(chosen, block_k=STRETCH) if format in GROUP else chosen
+    if _forced is not None:
+        return _forced
+    if WIDTH_KEEPS_BITS and (known := sizes(weights, activations, paired)):
+        return next((one for one in known if tokens <= one.block_t), known[-1])
     return chosen
+
+
+@contextmanager
+def forced(chosen: Tile) -> Iterator[None]:
+    """Within, products of 16-bit activations have this tile, and k is not cut."""
+    global _forced
+    before, _forced = _forced, chosen
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+# --- experts -----------------------------------------------------------------------------------------------
+
+SPREAD = 2.4  # programs of a multiprocessor, at least, that 4-bit weights are read by
+
+
+def rows_of_most(pairs: int, experts: int) -> int:
+    """Rows that most experts have no more than, where they are chosen at random."""
+    return 3 * pairs // (2 * experts)
+
+
+def spread(chosen: Tile, weights: Weights, outputs: int, matrices: int, multiprocessors: int) -> Tile:
+    """The tile where a product reads so few matrices that its programs would leave multiprocessors idle in the last
+    round, and have too few bytes under way in all: half as many outputs, steps twice as deep."""
+    programs = matrices * -(-outputs // chosen.block_n)
+    deep = 2 * chosen.block_k
+    if weights.format not in GROUP or chosen.block_t > 16 or weights.k % deep:
+        return chosen
+    few = programs < SPREAD * multiprocessors
+    return replace(chosen, block_n=chosen.block_n // 2, block_k=deep) if few else chosen
 
 
 # --- tensor descriptors ------------------------------------------------------------------------------------
@@ -107,9 +203,10 @@ def reading(chosen: Tile, weights: Weights, tokens: int, row_bytes: int) -> Tile
 # --- parts of k --------------------------------------------------------------------------------------------
 
 MULTIPROCESSORS = 132  # of H100 SXM and H200
-FEW_TILES = 8  # outputs are narrow if their tiles would occupy at most 1 in 8 multiprocessors
-NARROW_N = 64  # outputs of a tile then: 1344 make 21 tiles, and registers hold a part's sum beside the total
-PART_STEPS = 4  # steps of k in a part, at least: as many as the pipeline loads ahead
+NARROW_N = 64  # outputs of a tile where they are narrow: 1344 make 21 tiles, 4096 make 64
+NARROW_TOKENS = 64  # up to so many tokens outputs that do not occupy the card are in tiles of NARROW_N
+PART_COLUMNS = 128  # k is cut between steps of a tile, whichever its size
+LEAST_COLUMNS = 512  # of a part: the pipeline loads some of them ahead
 APART_TOKENS = 128  # up to so many tokens each part has a program of its own
 
 
@@ -136,24 +233,60 @@ def narrow(weights: Weights, wide: Tile, tokens: int, multiprocessors: int = MUL
     """Tile and parts of a product, given the tile `wide` for it.
 
     A decode step's time is that of reading weights, and one multiprocessor has a limited number of loads under way.
-    So a product whose outputs are too narrow to occupy the card is cut along k. The number of parts decides the
-    bits and follows from the weights' sizes, their format and the card alone: the largest power of two with no more
-    programs than multiprocessors. With many tokens there are enough programs, and parts in memory would be more
-    bytes than the weights: then the parts are not apart.
+    So a product whose outputs occupy half of the card or less is cut along k. The number of parts decides the bits
+    and follows from the weights' sizes and the card alone: so many that there is a program for 10 in 11
+    multiprocessors, 120 of 132. With many tokens there are enough programs, and parts in memory would be more bytes
+    than the weights: then the parts are not apart. Outputs that occupy more are in narrow tiles too for few tokens:
+    how many outputs a tile has does not change their bits. A tile that is `forced` stays as it is.
     """
-    if -(-weights.rows // wide.block_n) * FEW_TILES > multiprocessors:
+    if wide is _forced:
         return wide, Parts(1, weights.k)
-    chosen = replace(wide, block_n=min(wide.block_n, NARROW_N))
-    tiles, steps = -(-weights.rows // chosen.block_n), -(-weights.k // chosen.block_k)
-    count = 1
-    while tiles * 2 * count <= multiprocessors and steps >= PART_STEPS * 2 * count:
-        count *= 2
-    if count == 1:
-        return wide, Parts(1, weights.k)
-    each = -(-steps // count) * chosen.block_k
-    return chosen, Parts(-(-weights.k // each), each, tokens <= APART_TOKENS)
+    tiles, pieces = -(-weights.rows // NARROW_N), -(-weights.k // PART_COLUMNS)
+    narrowed = replace(wide, block_n=min(wide.block_n, NARROW_N))
+    count = min(-(-multiprocessors * 10 // (11 * tiles)), weights.k // LEAST_COLUMNS)
+    if 2 * tiles > multiprocessors or count < 2:
+        few = tokens <= NARROW_TOKENS and -(-weights.rows // wide.block_n) < multiprocessors
+        return narrowed if few else wide, Parts(1, weights.k)
+    each = -(-pieces // count) * PART_COLUMNS
+    apart = tokens <= APART_TOKENS
+    chosen = narrowed if apart else replace(wide, block_n=min(wide.block_n, wide.together_n))
+    if weights.format in GROUP and not (apart and wide.num_warps == 4):  # registers for two sums
+        chosen = replace(wide, block_t=min(wide.block_t, 64), num_warps=8)
+    return chosen, Parts(-(-weights.k // each), each, apart)
 
 
 def thresholds() -> list[int]:
     """Numbers of tokens above which a choice of this file is another one."""
-    return [FEW_TOKENS, APART_TOKENS, *([] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1])]
+    widths = {one.block_t for sizes in SIZED.values() for one in sizes}
+    described = [] if DESCRIBED_TOKENS is None else [DESCRIBED_TOKENS - 1]
+    return [NARROW_TOKENS, *sorted(widths), APART_TOKENS, *described]
+
+
+# --- choices that are kept ---------------------------------------------------------------------------------
+
+_before: tuple[Any, ...] = ()
+_changes = 0
+
+
+def decided(choose: _Chooser) -> _Chooser:
+    """Keep what a function chooses for arguments, all hashable and given by position, while this file's settings
+    are as they were. Numbers of tokens may be among them: steps of a decode have few, and find theirs again."""
+
+    @lru_cache(maxsize=KEPT_RESULTS, typed=True)
+    def found(_: int, *arguments: Any) -> Any:
+        return choose(*arguments)
+
+    @wraps(choose)
+    def find(*arguments: Any) -> Any:
+        return found(_settings(), *arguments)
+
+    return find  # type: ignore[return-value]  # its arguments are those of `choose`
+
+
+def _settings() -> int:
+    """How often what choices depend on beside their arguments has changed."""
+    global _before, _changes
+    now = (WIDTH_KEEPS_BITS, DESCRIBED_TOKENS, _forced, TILES, SIZED, APART_TOKENS, LEAST_COLUMNS)
+    if now != _before:
+        _before, _changes = now, _changes + 1
+    return _changes

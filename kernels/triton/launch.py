@@ -10,6 +10,12 @@ without a GPU is the code that runs on one.
 
     launch(Configuration(_scale, {"x_ptr": "*bf16", "out_ptr": "*fp32", "count": "i32", "factor": "fp32"},
                          {"BLOCK": 256}, num_warps=4), grid, x_ptr=x, out_ptr=out, count=7, factor=0.5)
+
+The host's time counts: hundreds of launches make a step. So a function that makes a Configuration is `kept`, and
+from its second launch on a Configuration goes straight to Triton's compiled launcher, with the same checks.
+
+    @kept
+    def scale_configuration(pointer: str) -> Configuration: ...
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -27,10 +34,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.cuda.launch.launcher import running_on
-from cierzo.kernels.fault import described, fault_of, is_device_error, note
+from cierzo.kernels.fault import DeviceFault, described, fault_of, is_device_error, note
 
 ALIGNMENT = 16  # bytes: the widest load of one thread
 POINTER = {
+    torch.int16: "*i16",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -41,9 +49,26 @@ POINTER = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 _LIMITS = {"i32": 1 << 31}  # Triton itself takes an integer for an i64 where it is larger, and compiles anew
+CHAINED: set[Any] = set()  # functions of kernels that are launched before those in front have ended (chain.py)
 _unsettled: list[Any] = []  # kernels, and functions that kernels call, in the order of their definition
 _dry: list[Launch] | None = None  # launches of a dry run; None: launches run
+Prepared = Callable[[tuple[int, ...], Mapping[str, Any]], bool]
+KEPT_RESULTS = 4096  # of one function; a model has tens
+KEPT: list[Callable[..., Any]] = []  # the functions that are `kept`
+
+
+def kept(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Keep what a function makes of its arguments, all hashable, so that it is made once for each of them.
+
+    The result must follow from the arguments alone. Whatever can change while a process runs (heuristics' choices,
+    and what `heuristics.tile` and `heuristics.reading` make of them) comes in as an argument; tests hold kept
+    functions to that. There must be few different arguments: sizes of a model, not numbers of tokens.
+    """
+    KEPT.append(function)
+    return lru_cache(maxsize=KEPT_RESULTS, typed=True)(function)  # type: ignore[return-value]
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -58,7 +83,7 @@ def kernel(function: Callable[..., None]) -> Any:
     return found
 
 
-def settle() -> None:
+def take_digests() -> None:
     """Have Triton take the digests of all kernels in one order, that of their definition.
 
     In Triton 3.6 a digest depends on whether those of the functions that a kernel calls were taken before it, or
@@ -84,6 +109,8 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 3
     blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    # By the number of a device, what launches the kernel that was compiled and loaded there (`prepared`).
+    ready: dict[int, Prepared] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the kernel by its name."""
@@ -114,7 +141,8 @@ class Configuration:
     @property
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        chained = {"launch_pdl": True} if self.kernel.fn in CHAINED else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False, **chained}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +185,10 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
     """
     if 0 in grid:
         return
+    if configuration.ready and _dry is None:
+        straight = configuration.ready.get(_current_device())
+        if straight is not None and straight(grid, arguments):
+            return
     device: torch.device | None = None
     for name, kind in configuration.types.items():
         value = arguments[name]
@@ -177,13 +209,85 @@ def launch(configuration: Configuration, grid: tuple[int, ...], **arguments: Any
         _dry.append(Launch(configuration, grid, configuration.num_warps, 0, num_bytes))
         return
     note(configuration.kernel.__name__)
-    settle()
+    take_digests()
     try:
-        configuration.kernel[grid](**(arguments | descriptors), **configuration.constants, **configuration.options)
+        compiled = configuration.kernel[grid](
+            **(arguments | descriptors), **configuration.constants, **configuration.options
+        )
     except RuntimeError as error:
         if not is_device_error(error):
             raise
-        raise fault_of(f"{described(configuration.name, arguments)}, grid {grid}", error) from error
+        raise _fault(error, configuration.name, grid, arguments) from error
+    if compiled is not None:  # the interpreter compiles nothing
+        configuration.ready[_current_device()] = prepared(configuration, compiled, device)
+
+
+def prepared(configuration: Configuration, compiled: Any, home: torch.device | None) -> Prepared:
+    """A function that launches a compiled kernel with a grid and arguments, and returns whether they are right, and
+    on the device `home`; if not, nothing was launched, and `launch` tells why, or has Triton do it. It goes past
+    JITFunction.run, which finds the kernel anew each time, and so past Triton's hooks for profilers of launches."""
+    kernel, places = configuration.kernel, {name: at for at, name in enumerate(configuration.kernel.arg_names)}
+    dtypes = {kind: dtype for dtype, kind in POINTER.items()}
+    types, blocks = configuration.types, configuration.blocks
+    pointers = [(name, places[name], dtypes[kind]) for name, kind in types.items() if kind in dtypes]
+    numbers = [(name, places[name], _LIMITS.get(kind)) for name, kind in types.items() if kind not in dtypes]
+    template = [configuration.constants.get(name) for name in kernel.arg_names]
+    run = _launcher(compiled)
+    current_stream, index = triton.runtime.driver.active.get_current_stream, _current_device()
+    noted, operation, count = kernel.__name__, configuration.name, len(types)
+    # As get_device tells it, in half the time that a torch.device takes; the host's tensors are on -1.
+    where = -1 if home is None or home.type != "cuda" else index if home.index is None else home.index
+
+    def straight(grid: tuple[int, ...], arguments: Mapping[str, Any]) -> bool:
+        if len(arguments) != count:
+            return False
+        values = template.copy()
+        for name, place, dtype in pointers:
+            tensor = arguments[name]
+            address = tensor.data_ptr()
+            if tensor.dtype is not dtype or address % ALIGNMENT or tensor.get_device() != where:
+                return False
+            values[place] = address
+        for name, place, limit in numbers:
+            value = values[place] = arguments[name]
+            if limit is not None and not -limit <= value < limit:
+                return False
+        for name, block in blocks.items():
+            values[places[name]] = _descriptor(operation, name, arguments[name], block)
+        x, y, z, *_ = (*grid, 1, 1)
+        note(noted)
+        try:
+            run(x, y, z, current_stream(index), values)
+        except RuntimeError as error:
+            if not is_device_error(error):
+                raise
+            raise _fault(error, operation, grid, arguments) from error
+        return True
+
+    return straight
+
+
+def _launcher(compiled: Any) -> Callable[[int, int, int, int, list[Any]], None]:
+    """Triton's function in C that launches a kernel, given a grid, a stream, and all arguments in their order. What
+    it takes besides differs between Triton 3.6 and 3.9."""
+    found, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if found.global_scratch_size or found.profile_scratch_size:  # memory at each launch: none of our kernels
+        return lambda x, y, z, stream, values: found(x, y, z, stream, function, metadata, None, None, None, *values)
+    call, how = found.launch, (found.launch_cooperative_grid, found.launch_pdl)
+    if hasattr(found, "kernel_signature"):
+        rest = (*how, metadata, None, None, None, None, None, found.arg_annotations, found.kernel_signature)
+        return lambda x, y, z, stream, values: call(x, y, z, stream, function, *rest, values)
+    ahead = (*how, None, None, metadata, None, None, None)
+    return lambda x, y, z, stream, values: call(x, y, z, stream, function, *ahead, *values)
+
+
+def _current_device() -> int:
+    device: int = triton.runtime.driver.active.get_current_device()
+    return device
+
+
+def _fault(error: RuntimeError, operation: str, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> DeviceFault:
+    return fault_of(f"{described(operation, arguments)}, grid {grid}", error)
 
 
 def dry_run(function: Callable[..., Any], *arguments: Any) -> list[Launch]:

@@ -9,7 +9,9 @@ products that begins at zero, and the parts are added in order, in fp32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -17,18 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cuda.launch.kernel import divide_up
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Summands, Terms
 from cierzo.kernels.triton.activations import empty_rows, quantise_rows, scale_types, store_tile
-from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, narrow, reading, tile
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.heuristics import MULTIPROCESSORS, Parts, Tile, decided, narrow, reading, tile
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
 
 SUM_BLOCK = 512  # outputs of a token that one program adds up
 TOGETHER = tl.constexpr(8)  # tiles of tokens with consecutive programs, which then share weights in L2
 
 
-@kernel
+@chained
 def _linear(
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
     X_STRIDE: tl.constexpr, X_HEAD: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_HEAD: tl.constexpr,
@@ -43,12 +48,35 @@ def _linear(
 
     e4m3 x has a scale for each row; e4m3 out is quantised by the static scale *static_ptr, and gets that as the
     scale of its rows. APART: out is parts [P,T,N], and the third index of the program is the part."""
+    after_others()
+    linear_tile(
+        tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2),
+        x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
+        X_STRIDE, X_HEAD, OUT_STRIDE, OUT_HEAD, COPIED, COPY_BLOCK, PAIRED, PARTS, PART_K, APART,
+        FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        DESCRIBED,
+    )  # fmt: skip
+
+
+@kernel
+def linear_tile(
+    program, head, part,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, row_scales_ptr, out_ptr, static_ptr, out_scales_ptr, tokens,
+    X_STRIDE: tl.constexpr, X_HEAD: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_HEAD: tl.constexpr,
+    COPIED: tl.constexpr, COPY_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
+    PARTS: tl.constexpr, PART_K: tl.constexpr, APART: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Tile number `program` of `_linear` for a head, and where APART for a part."""
     N: tl.constexpr = ROWS // 2 if PAIRED else ROWS
-    head = tl.program_id(1).to(tl.int64)
-    tile_n, tile_t = _tile(tl.program_id(0), tokens, N, BLOCK_N, BLOCK_T)
+    tile_n, tile_t = _tile(program, tokens, N, BLOCK_N, BLOCK_T)
     token = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < tokens
-    x_rows = tile_t * BLOCK_T if DESCRIBED else token.to(tl.int64) * X_STRIDE + head * X_HEAD
+    read = tl.minimum(token, tokens - 1).to(tl.int64)
+    x_rows = tile_t * BLOCK_T if DESCRIBED else read * X_STRIDE + head * X_HEAD
     out_rows = token.to(tl.int64) * OUT_STRIDE + head * OUT_HEAD
     n_start = tile_n * BLOCK_N
     outputs = n_start + tl.arange(0, BLOCK_N)
@@ -56,15 +84,15 @@ def _linear(
     if x_scales_ptr is not None:
         x_scales = tl.load(x_scales_ptr + token, mask=inside, other=0.0)
     if APART or PARTS == 1:
-        k_start = tl.program_id(2) * PART_K if APART else 0
-        k_end = tl.minimum(k_start + PART_K, K) if APART else K
+        k_start = part * PART_K if APART else 0
+        k_end = (k_start + PART_K if K % PART_K == 0 else tl.minimum(k_start + PART_K, K)) if APART else K
         total = product(
             x_ptr, x_rows, inside, x_scales, codes_ptr, scales_ptr, row_scales_ptr, head, n_start, k_start, k_end,
             PAIRED, DESCRIBED, DESCRIBED,
             FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
         )  # fmt: skip
         if APART:
-            out_rows += tl.program_id(2).to(tl.int64) * tokens * OUT_STRIDE
+            out_rows += part.to(tl.int64) * tokens * OUT_STRIDE
     else:
         total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for k_start in range(0, K, PART_K):
@@ -113,13 +141,19 @@ def _sum_parts(parts_ptr, out_ptr, tokens, N: tl.constexpr, PARTS: tl.constexpr,
 
 def linear(x: Rows, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
-    return _multiply("linear", x, weight, _empty(x, weight.shape[0]))
+    found: Tensor = multiply("linear", x, weight, None)
+    return found
+
+
+def linear_terms(x: Rows, weight: Matrix) -> Summands:
+    """See ops/linear.py."""
+    return multiply("linear_terms", x, weight, None, terms=True)
 
 
 def lm_head(hidden: Tensor, weight: Matrix) -> Tensor:
     """See ops/linear.py."""
     out = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
-    return _multiply("lm_head", hidden, weight, out)
+    return multiply("lm_head", hidden, weight, out)
 
 
 def gated_mlp(x: Rows, gate_up: Matrix, down: Matrix) -> Tensor:
@@ -132,11 +166,11 @@ def gated_mlp_into(x: Rows, gate_up: Matrix, down: Matrix, out: Tensor) -> Tenso
     reads."""
     static, inner = static_scales(down), _empty(x, down.shape[1])
     if static is None:
-        _multiply("gated_mlp", x, gate_up, inner, paired=True)
-        return _multiply("gated_mlp", inner, down, out)
+        multiply("gated_mlp", x, gate_up, inner, paired=True)
+        return multiply("gated_mlp", inner, down, out)
     rows = empty_rows(x, *inner.shape)
-    _multiply("gated_mlp", x, gate_up, rows.codes, paired=True, static=static, out_scales=rows.scales)
-    return _multiply("gated_mlp", rows, down, out)
+    multiply("gated_mlp", x, gate_up, rows.codes, paired=True, static=static, out_scales=rows.scales)
+    return multiply("gated_mlp", rows, down, out)
 
 
 def _empty(x: Rows, width: int) -> Tensor:
@@ -147,56 +181,108 @@ def mla_absorb(q: Tensor, w_uk_t: Matrix) -> Tensor:
     """See ops/attention.py."""
     heads, rank, nope = w_uk_t.shape
     rope = q.shape[2] - nope
-    return _multiply("mla_absorb", q, w_uk_t, q.new_empty(q.shape[0], heads, rank + rope), copied=rope)
+    return multiply("mla_absorb", q, w_uk_t, q.new_empty(q.shape[0], heads, rank + rope), copied=rope)
 
 
 def mla_unabsorb(latents: Tensor, w_uv: Matrix) -> Tensor:
     """See ops/attention.py."""
-    return _multiply("mla_unabsorb", latents, w_uv, latents.new_empty(latents.shape[0], *w_uv.shape[:2]))
+    return multiply("mla_unabsorb", latents, w_uv, latents.new_empty(latents.shape[0], *w_uv.shape[:2]))
 
 
-def _multiply(
+def multiply(
     operation: str,
     x: Rows,
     matrix: Matrix,
-    out: Tensor,
+    out: Tensor | None,
     paired: bool = False,
     copied: int = 0,
     static: Tensor | None = None,
     out_scales: Tensor | None = None,
-) -> Tensor:
-    """out = x @ matrix^T. static, out_scales: for e4m3 out, the scale to quantise by, and the rows' scales."""
-    weights = Weights.of(operation, matrix)
-    tokens = x.shape[0]
+    terms: bool = False,
+) -> Any:
+    """out = x @ matrix^T; paired: silu(gate) * up, of gate above up. static, out_scales: for e4m3 out, the scale to
+    quantise by, and the rows' scales. terms: parts of k that are apart are given as they are, and out is not
+    written. Without out, the result is in x's dtype."""
     if isinstance(x, Tensor) and takes_fp8(matrix):
         if x.dim() == 3:
             raise ArgumentError(f"{operation}: heads are multiplied in 16 bits, the matrix takes FP8")
         x = quantise_rows(x, static_scales(matrix))
+    dtype = x.dtype
     x, x_scales = (x, None) if isinstance(x, Tensor) else (x.codes, x.scales)
-    by_heads = x.dim() == 3
-    strides = row_stride(operation, "x", x), x.stride(1) if by_heads else 0
-    out_strides = out.stride(0) if tokens != 1 else out[0].numel(), out.stride(1) if by_heads else 0
-    chosen, cut = tile(weights, POINTER[x.dtype], paired, tokens), Parts(1, weights.k)
-    if not (paired or by_heads):  # gate and up are wide, and heads are many
-        chosen, cut = narrow(weights, chosen, tokens, multiprocessors(x.device))
-    if not by_heads:
-        chosen = reading(chosen, weights, tokens, strides[0] * x.element_size())
+    weights, tokens, by_heads = Weights.of(operation, matrix), x.shape[0], x.dim() == 3
+    width = weights.rows if out is None else out.stride(0) if tokens != 1 else out[0].numel()
+    planned = _product(
+        weights,
+        (x.dtype, dtype if out is None else out.dtype),
+        (tokens, x.shape[1] if by_heads else 0),
+        (row_stride(operation, "x", x), x.stride(1) if by_heads else 0),
+        (width, out.stride(1) if by_heads and out is not None else 0),
+        paired,
+        copied,
+        multiprocessors(x.device),
+    )
     # Allocated in each call: torch keeps the memory of a captured graph in the graph's own pool.
-    target = out.new_empty(cut.count, *out.shape, dtype=torch.float32) if cut.apart else out
-    types = POINTER[x.dtype], POINTER[target.dtype]
+    if planned.sum is not None:
+        target = x.new_empty(planned.parts, tokens, weights.rows, dtype=torch.float32)
+    else:
+        target = out = x.new_empty(tokens, weights.rows, dtype=dtype) if out is None else out
+    present = pointers(matrix, planned.described)
+    if x_scales is not None:
+        present["x_scales_ptr"] = x_scales
+    if static is not None:
+        present["static_ptr"] = static
+    if out_scales is not None:
+        present["out_scales_ptr"] = out_scales
+    launch(planned.configuration, planned.grid, x_ptr=x, out_ptr=target, tokens=tokens, **present)
+    if planned.sum is None:
+        return out
+    if terms:
+        return Terms(target, None, dtype)
+    out = x.new_empty(tokens, weights.rows, dtype=dtype) if out is None else out
+    launch(planned.sum, (tokens, planned.sums), parts_ptr=target, out_ptr=out, tokens=tokens)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A product whose choices are made. sum: the launch that adds up parts, if they have programs of their own, and
+    its programs for a token."""
+
+    configuration: Configuration
+    grid: tuple[int, int, int]
+    described: bool
+    parts: int
+    sum: Configuration | None
+    sums: int
+
+
+@decided
+def _product(
+    weights: Weights,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rows: tuple[int, int],
+    strides: tuple[int, int],
+    out_strides: tuple[int, int],
+    paired: bool,
+    copied: int,
+    processors: int,
+) -> _Planned:
+    """The launches of a product. dtypes: of x and of the result. rows: tokens, and heads or 0. Strides: of a token
+    and of a head, in values."""
+    (of_x, of_out), (tokens, heads) = (POINTER[dtype] for dtype in dtypes), rows
+    chosen, cut = tile(weights, of_x, paired, tokens), Parts(1, weights.k)
+    if not (paired or heads):  # gate and up are wide, and heads are many
+        chosen, cut = narrow(weights, chosen, tokens, processors)
+    if not heads:
+        chosen = reading(chosen, weights, tokens, strides[0] * dtypes[0].itemsize)
+    types = of_x, "*fp32" if cut.apart else of_out
     configuration = linear_configuration(types, weights, chosen, strides, out_strides, paired, copied, cut)
     outputs = weights.rows // 2 if paired else weights.rows
-    tiles = triton.cdiv(tokens, chosen.block_t) * triton.cdiv(outputs, chosen.block_n)
-    grid = (tiles, x.shape[1] if by_heads else 1, cut.count if cut.apart else 1)
-    scales = {"x_scales_ptr": x_scales, "static_ptr": static, "out_scales_ptr": out_scales}
-    present = {name: tensor for name, tensor in scales.items() if tensor is not None}
-    present |= pointers(matrix, chosen.described)
-    launch(configuration, grid, x_ptr=x, out_ptr=target, tokens=tokens, **present)
-    if cut.apart:
-        configuration = sum_configuration(POINTER[out.dtype], weights.rows, cut.count)
-        sums = (tokens, triton.cdiv(weights.rows, SUM_BLOCK))
-        launch(configuration, sums, parts_ptr=target, out_ptr=out, tokens=tokens)
-    return out
+    tiles = divide_up(tokens, chosen.block_t) * divide_up(outputs, chosen.block_n)
+    grid = (tiles, heads or 1, cut.count if cut.apart else 1)
+    total = sum_parts_configuration(of_out, weights.rows, cut.count) if cut.apart else None
+    sums = divide_up(weights.rows, SUM_BLOCK)
+    return _Planned(configuration, grid, chosen.described, cut.count, total, sums)
 
 
 @cache
@@ -210,6 +296,7 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@kept
 def linear_configuration(
     types: tuple[str, str],
     weights: Weights,
@@ -241,13 +328,12 @@ def linear_configuration(
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks={"x_ptr": (chosen.block_t, chosen.block_k), "codes_ptr": chosen.weight_block(weights.format)}
-        if chosen.described
-        else {},
+        blocks=chosen.blocks(weights.format, codes=["codes_ptr"], rows=["x_ptr"]),
     )
 
 
-def sum_configuration(pointer: str, outputs: int, count: int) -> Configuration:
+@kept
+def sum_parts_configuration(pointer: str, outputs: int, count: int) -> Configuration:
     """pointer: to the result, such as "*bf16"."""
     types = {"parts_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
     return Configuration(_sum_parts, types, {"N": outputs, "PARTS": count, "BLOCK": SUM_BLOCK})

@@ -1,4 +1,4 @@
-"""Experts of a layer in three launches: gate, up and their product; down; the sum over a token's slots.
+"""Experts of a layer in two launches: gate, up and their product; down. They leave a token's terms (ops/terms.py).
 
 The pairs of tokens and slots are sorted by expert; the tokens of the shared expert follow:
 
@@ -6,7 +6,7 @@ The pairs of tokens and slots are sorted by expert; the tokens of the shared exp
              pair order[row], by expert        token row - T*K, the shared expert
 
     inner [T*K + T, F]    in that order: written by the first launch, read by the second
-    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which the third launch adds, are contiguous
+    outputs [T*K + T, D]  row token * K + slot: the slots of a token, which are added next, are contiguous
 
 For experts that take their activations in FP8, a kernel before the first launch quantises `x` into that order.
 `inner` is quantised by the first launch if its scales are static, else by a kernel before the second.
@@ -17,14 +17,20 @@ an expert has. A program finds its expert and its rows in `starts`; programs pas
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cierzo.kernels.cuda.launch.kernel import divide_up
+from cierzo.kernels.derived import derived
 from cierzo.kernels.formats.activations import Rows, static_scales, takes_fp8
+from cierzo.kernels.formats.device import E4M3
 from cierzo.kernels.formats.packed import Matrix
+from cierzo.kernels.ops.terms import Terms
 from cierzo.kernels.triton.activations import (
     empty_rows,
     pair_of,
@@ -34,12 +40,14 @@ from cierzo.kernels.triton.activations import (
     store_tile,
     token_of,
 )
-from cierzo.kernels.triton.heuristics import Tile, reading, tile
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.linear import gated_mlp_into
+from cierzo.kernels.triton.chain import after_others, chained
+from cierzo.kernels.triton.four_bit import in_order
+from cierzo.kernels.triton.heuristics import Tile, decided, reading, rows_of_most, spread, tile
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
+from cierzo.kernels.triton.linear import gated_mlp_into, multiprocessors
+from cierzo.kernels.triton.norm import Codes
 from cierzo.kernels.triton.product import Weights, pointers, product, row_stride
-
-SUM_BLOCK = 1024  # values of a token's output for one program of the third launch
+from cierzo.kernels.triton.terms import sum_terms
 
 
 @kernel
@@ -85,7 +93,7 @@ def _expert_product(
             codes_ptr = shared_codes_ptr
             if FORMAT != "plain":
                 scales_ptr = shared_scales_ptr
-            if FORMAT == "nvfp4":
+            if in_order(FORMAT):
                 row_scales_ptr = shared_row_scales_ptr
     x_scales = None
     if x_scales_ptr is not None:
@@ -97,7 +105,7 @@ def _expert_product(
     )  # fmt: skip
 
 
-@kernel
+@chained
 def _expert_gate_up(
     x_ptr, x_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, inner_ptr, static_ptr, shared_static_ptr,
@@ -110,6 +118,7 @@ def _expert_gate_up(
 ):  # fmt: skip
     """inner[row] = silu(gate) * up of the row's token. e4m3 x lies in the order of rows, with a scale each; e4m3
     inner is quantised by the static scale of its expert, static_ptr[expert]."""
+    after_others()
     F: tl.constexpr = ROWS // 2
     expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, F, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
@@ -119,7 +128,7 @@ def _expert_gate_up(
     if x_scales_ptr is not None:
         x_rows = start.to(tl.int32) if DESCRIBED else rows * X_STRIDE
     else:
-        x_rows = token_of(order_ptr, rows, inside, tokens, SLOTS) * X_STRIDE
+        x_rows = token_of(order_ptr, tl.minimum(rows, end - 1), inside, tokens, SLOTS) * X_STRIDE
     X_DESCRIBED: tl.constexpr = DESCRIBED and x_scales_ptr is not None
     total = _expert_product(
         x_ptr, x_rows, x_scales_ptr, rows, inside, expert, n_start,
@@ -137,7 +146,7 @@ def _expert_gate_up(
     store_tile(total, inner_ptr, rows * F, outputs, mask, static_ptr, inner_scales_ptr, rows, inside, n_start == 0)
 
 
-@kernel
+@chained
 def _expert_down(
     inner_ptr, inner_scales_ptr, order_ptr, starts_ptr, codes_ptr, scales_ptr, row_scales_ptr,
     shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr, outputs_ptr, tokens,
@@ -148,12 +157,13 @@ def _expert_down(
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """outputs[pair of row] = inner[row] @ down^T."""
+    after_others()
     expert, start, end, n_start = _expert_tile(starts_ptr, tokens, E, LANES, SLOTS, SHARED, ROWS, BLOCK_N, BLOCK_T)
     if expert >= E + SHARED:
         return
     rows = start + tl.arange(0, BLOCK_T)
     inside = rows < end
-    read = start.to(tl.int32) if DESCRIBED else rows * K
+    read = start.to(tl.int32) if DESCRIBED else tl.minimum(rows, end - 1) * K
     total = _expert_product(
         inner_ptr, read, inner_scales_ptr, rows, inside, expert, n_start,
         codes_ptr, scales_ptr, row_scales_ptr, shared_codes_ptr, shared_scales_ptr, shared_row_scales_ptr,
@@ -167,24 +177,131 @@ def _expert_down(
     tl.store(pointers, total.to(outputs_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel
-def _sum_slots(
-    outputs_ptr, weights_ptr, out_ptr, tokens,
-    D: tl.constexpr, SLOTS: tl.constexpr, WITH_SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[token] = the sum of weight * output over its slots in order, then the shared expert's output."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < D
-    total = tl.zeros((BLOCK,), tl.float32)
-    for slot in tl.static_range(SLOTS):
-        row = outputs_ptr + (token * SLOTS + slot) * D + columns
-        part = tl.load(row, mask=inside, other=0.0).to(tl.float32) * tl.load(weights_ptr + token * SLOTS + slot)
-        total = part if slot == 0 else total + part
-    if WITH_SHARED:
-        row = outputs_ptr + (tokens.to(tl.int64) * SLOTS + token) * D + columns
-        total += tl.load(row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+def expert_terms(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shared_gate_up: Matrix | None,
+    shared_down: Matrix | None,
+) -> Terms:
+    """See ops/moe.py. A shared expert of the same width and format as the others is one more expert in their
+    launches; any other has launches of its own."""
+    tokens, slots = weights.shape
+    with_shared = shared_gate_up is not None and shared_down is not None
+    layer = _layer(gate_up, down, shared_gate_up, shared_down)
+    together, pairs = layer.together, tokens * slots
+    rows: Rows = x
+    if layer.fp8:
+        static = static_scales(gate_up), static_scales(shared_gate_up)
+        rows = quantise_pairs(x, order, starts, slots, static, together)
+    planned = _experts(
+        layer.up,
+        layer.down,
+        together,
+        (tokens, slots, layer.experts),
+        (x.dtype, row_stride("expert_mlp", "x", x) if rows is x else None),
+        layer.inner,
+        multiprocessors(x.device),
+    )
+    outputs = x.new_empty(pairs + (tokens if with_shared else 0), layer.down.rows)
+    inner_rows = pairs + (tokens if together else 0)
+    inner: Rows
+    if layer.inner == "static":
+        inner = empty_rows(x, inner_rows, layer.down.k)
+    else:
+        inner = x.new_empty(inner_rows, layer.down.k)
+    first = {**_operand("x", rows), **_operand("inner", inner), **_static(down)}
+    first |= pointers(gate_up, planned.described)
+    second = pointers(down, planned.down_described)
+    if together and shared_gate_up is not None and shared_down is not None:
+        first |= {**_static(shared_down, "shared_"), **pointers(shared_gate_up, planned.described, "shared_")}
+        second |= pointers(shared_down, planned.down_described, "shared_")
+    launch(planned.gate_up, planned.grid, order_ptr=order, starts_ptr=starts, tokens=tokens, **first)
+    if layer.inner == "by row" and isinstance(inner, Tensor):
+        inner = quantise_rows(inner, None)
+    second |= _operand("inner", inner)
+    launch(
+        planned.down,
+        planned.down_grid,
+        order_ptr=order,
+        starts_ptr=starts,
+        outputs_ptr=outputs,
+        tokens=tokens,
+        **second,
+    )
+    if shared_gate_up is not None and shared_down is not None and not together:
+        gated_mlp_into(x, shared_gate_up, shared_down, outputs[pairs:])
+    return Terms(outputs, weights, x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Layouts of a layer's matrices. together: whether its shared expert is one more of their launches. fp8:
+    whether x is quantised; inner: whether, and how, what lies between both products is."""
+
+    up: Weights
+    down: Weights
+    experts: int
+    together: bool
+    fp8: bool
+    inner: Codes
+
+
+@derived
+def _layer(gate_up: Matrix, down: Matrix, shared_gate_up: Matrix | None, shared_down: Matrix | None) -> _Layer:
+    up, down_weights = Weights.of("expert_mlp", gate_up), Weights.of("expert_mlp", down)
+    together = _alike(gate_up, shared_gate_up) and _alike(down, shared_down)
+    inner: Codes = "" if not takes_fp8(down) else "by row"
+    inner = "static" if static_scales(down) is not None else inner
+    return _Layer(up, down_weights, down.shape[0], together, takes_fp8(gate_up), inner)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """The launches of a layer's experts, whose choices are made."""
+
+    gate_up: Configuration
+    grid: tuple[int]
+    described: bool
+    down: Configuration
+    down_grid: tuple[int]
+    down_described: bool
+
+
+@decided
+def _experts(
+    up: Weights,
+    down: Weights,
+    together: bool,
+    sizes: tuple[int, int, int],
+    x: tuple[torch.dtype, int | None],
+    inner: Codes,
+    processors: int,
+) -> _Planned:
+    """sizes: tokens, slots and experts. x: dtype, and the stride of its rows; None if they are quantised."""
+    (tokens, slots, experts), (dtype, stride) = sizes, x
+    pairs = tokens * slots
+    most, matrices = rows_of_most(pairs, experts), min(pairs, experts) + int(together)
+    of_x, codes = POINTER[dtype], POINTER[E4M3]
+
+    def grid(chosen: Tile, across: int) -> tuple[int]:
+        return (most_tiles(tokens, slots, experts, chosen.block_t, together) * divide_up(across, chosen.block_n),)
+
+    types = codes if stride is None else of_x, codes if inner == "static" else of_x
+    first = spread(tile(up, types[0], True, most), up, down.k, matrices, processors)
+    # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
+    first = reading(first, up, tokens, up.k if stride is None else 0)
+    gate_up = gate_up_configuration(types, up, first, experts, slots, together, up.k if stride is None else stride)
+    types = codes if inner else of_x, of_x
+    second = spread(tile(down, types[0], False, most), down, down.rows, matrices, processors)
+    second = reading(second, down, tokens, down.k * (E4M3 if inner else dtype).itemsize)
+    through = down_configuration(types, down, second, experts, slots, together)
+    return _Planned(
+        gate_up, grid(first, down.k), first.described, through, grid(second, down.rows), second.described
+    )
 
 
 def expert_mlp(
@@ -197,64 +314,15 @@ def expert_mlp(
     shared_gate_up: Matrix | None,
     shared_down: Matrix | None,
 ) -> Tensor:
-    """See ops/moe.py. A shared expert of the same width and format as the others is one more expert in their
-    launches; any other has launches of its own."""
-    tokens, slots = weights.shape
-    width, inner_width, experts = x.shape[1], down.shape[2], down.shape[0]
-    up_weights, down_weights = Weights.of("expert_mlp", gate_up), Weights.of("expert_mlp", down)
-    with_shared = shared_gate_up is not None and shared_down is not None
-    together = with_shared and _alike(gate_up, shared_gate_up) and _alike(down, shared_down)
-    pairs = tokens * slots
-    outputs = x.new_empty(pairs + (tokens if with_shared else 0), width)
-    groups = {"order_ptr": order, "starts_ptr": starts}
-
-    def run(
-        configuration: Configuration, chosen: Tile, across: int, first: dict[str, Tensor], *matrices: Any
-    ) -> None:
-        tiles = most_tiles(tokens, slots, experts, chosen.block_t, together)
-        shared = pointers(matrices[1], chosen.described, "shared_") if together else {}
-        grid = (tiles * triton.cdiv(across, chosen.block_n),)
-        read = pointers(matrices[0], chosen.described)
-        launch(configuration, grid, **first, **groups, **read, **shared, tokens=tokens)
-
-    rows: Rows = x
-    if takes_fp8(gate_up):
-        rows = quantise_pairs(
-            x, order, starts, slots, (static_scales(gate_up), static_scales(shared_gate_up)), together
-        )
-    inner = x.new_empty(pairs + (tokens if together else 0), inner_width)
-    codes = empty_rows(x, *inner.shape) if static_scales(down) is not None else None
-    first = {**_operand("x", rows), **_operand("inner", inner if codes is None else codes), **_static(down)}
-    first |= _static(shared_down, "shared_") if together else {}
-    types = POINTER[first["x_ptr"].dtype], POINTER[first["inner_ptr"].dtype]
-    chosen = tile(up_weights, types[0], True, pairs // experts)
-    stride = row_stride("expert_mlp", "x", first["x_ptr"])
-    # Quantised rows lie in the order of the pairs; other rows of x are scattered, and read by pointers.
-    chosen = reading(chosen, up_weights, tokens, 0 if isinstance(rows, Tensor) else stride)
-    configuration = gate_up_configuration(types, up_weights, chosen, experts, slots, together, stride)
-    run(configuration, chosen, inner_width, first, gate_up, shared_gate_up)
-    if codes is None and takes_fp8(down):
-        codes = quantise_rows(inner, None)
-    first = _operand("inner", inner if codes is None else codes)
-    types = POINTER[first["inner_ptr"].dtype], POINTER[outputs.dtype]
-    chosen = tile(down_weights, types[0], False, pairs // experts)
-    chosen = reading(chosen, down_weights, tokens, inner_width * first["inner_ptr"].element_size())
-    configuration = down_configuration(types, down_weights, chosen, experts, slots, together)
-    run(configuration, chosen, width, {**first, "outputs_ptr": outputs}, down, shared_down)
-    if shared_gate_up is not None and shared_down is not None and not together:
-        gated_mlp_into(x, shared_gate_up, shared_down, outputs[pairs:])
-    out = x.new_empty(x.shape)
-    grid = (tokens, triton.cdiv(width, SUM_BLOCK))
-    configuration = sum_configuration(POINTER[x.dtype], width, slots, with_shared)
-    launch(configuration, grid, outputs_ptr=outputs, weights_ptr=weights, out_ptr=out, tokens=tokens)
-    return out
+    """See ops/moe.py."""
+    return sum_terms(expert_terms(x, gate_up, down, weights, order, starts, shared_gate_up, shared_down))
 
 
 def most_tiles(tokens: int, slots: int, experts: int, block_t: int, shared: bool) -> int:
     """Largest number of tiles of rows, whichever experts the tokens choose."""
     pairs = tokens * slots
     used = min(experts, pairs)
-    return used + (pairs - used) // block_t + (triton.cdiv(tokens, block_t) if shared else 0)
+    return used + (pairs - used) // block_t + (divide_up(tokens, block_t) if shared else 0)
 
 
 def _alike(matrix: Matrix, shared: Matrix | None) -> bool:
@@ -281,6 +349,7 @@ def _static(matrix: Matrix | None, prefix: str = "") -> dict[str, Tensor]:
     return {} if scales is None else {f"{prefix}static_ptr": scales}
 
 
+@kept
 def gate_up_configuration(
     pointers_of: tuple[str, str],
     weights: Weights,
@@ -301,6 +370,7 @@ def gate_up_configuration(
     )
 
 
+@kept
 def down_configuration(
     pointers_of: tuple[str, str], weights: Weights, chosen: Tile, experts: int, slots: int, shared: bool
 ) -> Configuration:
@@ -324,10 +394,8 @@ def _grouped(
     shared_names = ("shared_codes_ptr", "shared_scales_ptr", "shared_row_scales_ptr")
     missing = weights.without("shared_") if shared else dict.fromkeys(shared_names, None)
     names = ("codes_ptr", "shared_codes_ptr") if shared else ("codes_ptr",)
-    blocks = dict.fromkeys(names, chosen.weight_block(weights.format))
     dense = "inner_ptr" if of is _expert_down else "x_ptr"
-    if of is _expert_down or types[dense] == "*fp8e4nv":  # rows in the order of the pairs
-        blocks[dense] = chosen.block_t, chosen.block_k
+    in_pairs = of is _expert_down or types[dense] == "*fp8e4nv"  # rows in the order of the pairs
     sizes = {"E": experts, "LANES": triton.next_power_of_2(experts + 1), "SLOTS": slots, "SHARED": int(shared)}
     return Configuration(
         of,
@@ -342,13 +410,5 @@ def _grouped(
         {**weights.without(), **missing, **weights.constants, **chosen.constants, **sizes, **more},
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        blocks=blocks if chosen.described else {},
+        blocks=chosen.blocks(weights.format, codes=names, rows=[dense] if in_pairs else []),
     )
-
-
-def sum_configuration(pointer: str, width: int, slots: int, shared: bool) -> Configuration:
-    """pointer: to the activations, such as "*bf16"."""
-    types = {"outputs_ptr": pointer, "weights_ptr": "*fp32", "out_ptr": pointer, "tokens": "i32"}
-    block = min(SUM_BLOCK, triton.next_power_of_2(width))
-    constants = {"D": width, "SLOTS": slots, "WITH_SHARED": shared, "BLOCK": block}
-    return Configuration(_sum_slots, types, constants, num_warps=4)

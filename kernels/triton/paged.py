@@ -15,6 +15,8 @@ SUPPORTED = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 def require_pages(operation: str, **pages: Tensor) -> None:
     """Raise ArgumentError for pages of a dtype that no kernel reads, and for pages that are not contiguous."""
     for name, tensor in pages.items():
+        if tensor.dtype in SUPPORTED and tensor.is_contiguous():
+            continue  # words of a refusal take longer than all else
         known = ", ".join(str(dtype) for dtype in SUPPORTED)
         check.require(
             operation, tensor.dtype in SUPPORTED, f"{name} has dtype {tensor.dtype}; on a GPU pages are {known}"
@@ -25,7 +27,8 @@ def require_pages(operation: str, **pages: Tensor) -> None:
 def require_attention(operation: str, q: Tensor, **pages: Tensor) -> None:
     """Raise ArgumentError for pages that no kernel reads, and for heads of q whose values are not contiguous."""
     require_pages(operation, **pages)
-    check.require(operation, q.stride(2) == 1, f"the values of a head must be contiguous, strides {q.stride()}")
+    if q.stride(2) != 1:
+        check.require(operation, False, f"the values of a head must be contiguous, strides {q.stride()}")
 
 
 def tile_width(width: int) -> int:
@@ -55,3 +58,9 @@ def load_tile(pointer, rows, live, columns, STRIDE: tl.constexpr, WIDTH: tl.cons
     if WIDTH < BLOCK:
         inside = inside & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+
+
+@kernel
+def anew(number):
+    """An int32 as it is; what is made of it the compiler makes anew, and has kept no registers for."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)

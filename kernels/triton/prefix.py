@@ -19,8 +19,8 @@ met, in the same tiles and splits, from another place in a tile of the same shap
 alone if the place of a row in its tile changes none; segments of several rows rely on that too.
 
 Sharing always pays: the tile is as large either way, and less is read. So it is used wherever a tile has room for
-two sequences and the batch holds two. Leaders and members are found on the device, from the tables, once a step: a
-captured graph finds them anew at each replay.
+two sequences; one that is alone runs the same code. Leaders and members are found on the device, from the tables,
+once a step: a captured graph finds them anew at each replay.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import Configuration, kernel, launch
+from cierzo.kernels.triton.launch import Configuration, kept, kernel, launch
 
 BLOCK = 512  # segments, or blocks of a table, that a program compares at a time
 
@@ -123,13 +123,15 @@ def guests(mates_ptr, members_ptr, segment, segment_end, length, places, split_e
 @derived
 def prefixes(queries: PagedQueries, block_tokens: int, together: int) -> Prefixes | None:
     """The prefixes that sequences of this step share, found once for all layers. together: M, sequences that a tile
-    has room for. None where it cannot pay, by the host's numbers alone."""
+    has room for; None where that is one."""
     segments = len(queries.query_lengths)
-    if together < 2 or segments < 2:
+    if together < 2:
         return None
     device = queries.block_tables.device
-    mates = torch.empty(segments, 3, dtype=torch.int32, device=device)
+    mates = torch.zeros(max(1, segments), 3, dtype=torch.int32, device=device)
     members = torch.full((segments, together), -1, dtype=torch.int32, device=device)
+    if segments < 2:  # its own leader, with no member but itself: nothing is to be found
+        return Prefixes(mates, members)
     launch(
         prefixes_configuration(block_tokens, together),
         (segments,),
@@ -144,6 +146,7 @@ def prefixes(queries: PagedQueries, block_tokens: int, together: int) -> Prefixe
     return Prefixes(mates, members)
 
 
+@kept
 def prefixes_configuration(block_tokens: int, together: int) -> Configuration:
     """Configuration of the kernel that finds leaders and members."""
     pointers = ("query_starts", "context_lengths", "table_rows", "tables", "mates", "members")

@@ -6,11 +6,12 @@
 One program computes BLOCK_T tokens times BLOCK_N outputs, and walks K, or a part of it, in steps of BLOCK_K, in
 order: an output is one chain of MMA instructions, or the sum of a few chains (linear.py), and no other row enters
 it. Weights are converted to the dtype of the activations in registers, without rounding if that is bf16
-(formats/device.py). Scales of whole rows multiply the finished sum, scales of blocks of k the sum of their steps.
+(formats/device.py); those of 4 bits have a loop of their own (four_bit.py). Scales of whole rows multiply the
+finished sum, scales of blocks of k the sum of their steps.
 
 e4m3 activations (formats/activations.py) and e4m3 weights are multiplied without conversion. Hopper's FP8 MMA
 accumulates in fewer bits than fp32 has (about 14, by published measurements), so each step of BLOCK_K = 128 columns
-is a chain of its own, whose sum is added to the fp32 total (max_num_imprecise_acc), for every size of a tile alike.
+is a chain of its own, whose sum is added to the fp32 total, for every size of a tile alike.
 
 DESCRIBED: weights, and contiguous rows of x, are read through tensor descriptors, by Hopper's TMA: one thread
 requests a tile, and addresses take no registers. The values and their MMA instructions are the same.
@@ -29,11 +30,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.device import GROUP, DeviceMatrix
+from cierzo.kernels.formats.four_bit import WORD, stretched
 from cierzo.kernels.formats.packed import Matrix
-from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kernel
+from cierzo.kernels.triton.eight_bit import woven_weights
+from cierzo.kernels.triton.four_bit import in_order, sums_in_order
+from cierzo.kernels.triton.launch import ALIGNMENT, POINTER, kept, kernel
 
-E2M1_BIAS = tl.constexpr(2.0**126)  # from the exponent bias of e2m1 to that of fp32
 LARGEST_MATRIX = 1 << 31  # weights of one expert at most: their offsets are 32 bits wide
 
 
@@ -47,10 +51,40 @@ def product(
 ):  # fmt: skip
     """The tile, fp32 [BLOCK_T, BLOCK_N], over k_start .. k_end - 1 of k; k_start is a multiple of BLOCK_K.
 
-    x_rows int64 [BLOCK_T]: where rows of x start, in values; rows that are not x_inside are not read and count as
-    zeros. x_scales fp32 [BLOCK_T]: scales of e4m3 rows; else None. expert: int64. n_start: the tile's first output;
-    outputs past the last one are undefined. DESCRIBED: codes_ptr is a descriptor [experts * ROWS, K]. X_DESCRIBED:
-    x_ptr is a descriptor and x_rows its first row; results of rows that are not x_inside are undefined."""
+    x_rows int64 [BLOCK_T]: where rows of x start, in values; those that are not x_inside start at some row of x,
+    and their results are undefined. x_scales fp32 [BLOCK_T]: scales of e4m3 rows; else None. expert: int64.
+    n_start: the tile's first output; outputs past the last one are undefined. DESCRIBED: codes_ptr is a descriptor
+    [experts * ROWS, K]. X_DESCRIBED: x_ptr is a descriptor and x_rows its first row."""
+    if in_order(FORMAT):
+        result, up = sums_in_order(
+            x_ptr, x_rows, codes_ptr, scales_ptr, row_scales_ptr, expert, n_start, k_start, k_end,
+            PAIRED, FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, BLOCK_N, BLOCK_T, BLOCK_K,
+        )  # fmt: skip
+    else:
+        result, up = _sums(
+            x_ptr, x_rows, x_inside, codes_ptr, scales_ptr, expert, n_start, k_start, k_end,
+            PAIRED, DESCRIBED, X_DESCRIBED,
+            FORMAT, ROWS, K, ROW_STRIDE, EXPERT_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_T, BLOCK_K, TOKENS_ON_M,
+        )  # fmt: skip
+    if x_scales is not None:
+        result *= x_scales[:, None]
+    if PAIRED:
+        if x_scales is not None:
+            up *= x_scales[:, None]
+        decay = tl.exp(-tl.abs(result))  # at most 1, so nothing overflows
+        result = result * tl.where(result >= 0, 1.0, decay) / (1.0 + decay) * up
+    return result
+
+
+@kernel
+def _sums(
+    x_ptr, x_rows, x_inside, codes_ptr, scales_ptr, expert, n_start, k_start, k_end,
+    PAIRED: tl.constexpr, DESCRIBED: tl.constexpr, X_DESCRIBED: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile's outputs, fp32 [BLOCK_T, BLOCK_N], and where PAIRED those of the matrix below."""
     TOTAL: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), TOTAL - 1)
     row = expert.to(tl.int32) * ROWS + n_start  # of a descriptor
@@ -58,8 +92,6 @@ def product(
         codes_ptr += expert * EXPERT_STRIDE
     if FORMAT != "plain":
         scales_ptr += expert * (tl.cdiv(ROWS, SCALE_N) * tl.cdiv(K, SCALE_K))
-    if FORMAT == "nvfp4":
-        row_scales_ptr += expert * ROWS
     first = tl.zeros((BLOCK_T, BLOCK_N) if TOKENS_ON_M else (BLOCK_N, BLOCK_T), tl.float32)
     second = first
     for k in range(k_start, k_end, BLOCK_K):
@@ -78,16 +110,11 @@ def product(
                 second, x, codes_ptr, scales_ptr, rows + TOTAL, row + TOTAL, k,
                 DESCRIBED, FORMAT, K, ROW_STRIDE, SCALE_N, SCALE_K, BLOCK_N, BLOCK_K, TOKENS_ON_M,
             )  # fmt: skip
-    result = _finished(first, scales_ptr, row_scales_ptr, rows, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
-    if x_scales is not None:
-        result *= x_scales[:, None]
-    if PAIRED:
-        up = _finished(second, scales_ptr, row_scales_ptr, rows + TOTAL, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
-        if x_scales is not None:
-            up *= x_scales[:, None]
-        decay = tl.exp(-tl.abs(result))  # at most 1, so nothing overflows
-        result = result * tl.where(result >= 0, 1.0, decay) / (1.0 + decay) * up
-    return result
+    first = _finished(first, scales_ptr, rows, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M)
+    second = (
+        _finished(second, scales_ptr, rows + TOTAL, FORMAT, K, SCALE_N, SCALE_K, TOKENS_ON_M) if PAIRED else first
+    )
+    return first, second
 
 
 @kernel
@@ -97,10 +124,8 @@ def _step(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """Add the products of columns k .. k + BLOCK_K - 1 to `total`. row: the first of `rows`, for a descriptor."""
-    if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        weights = _four_bits(
-            codes_ptr, scales_ptr, rows, row, k, DESCRIBED, FORMAT, K, ROW_STRIDE, SCALE_K, BLOCK_N, BLOCK_K
-        )
+    if FORMAT == "fp8 woven":
+        weights = woven_weights(codes_ptr, rows, row, k, DESCRIBED, K, ROW_STRIDE, BLOCK_N, BLOCK_K)
     elif DESCRIBED:
         weights = codes_ptr.load([row, k])
     else:
@@ -111,81 +136,34 @@ def _step(
         else:
             weights = tl.load(pointers, mask=(columns < K)[None, :], other=0.0)
     weights = weights.to(x.dtype)
-    CHAIN: tl.constexpr = BLOCK_K if x.dtype == tl.float8e4nv else 0
-    if FORMAT == "fp8" and SCALE_K < K:
-        tl.static_assert(SCALE_K % BLOCK_K == 0)
+    BY_BLOCKS: tl.constexpr = (FORMAT == "fp8" or FORMAT == "fp8 woven") and SCALE_K < K
+    if BY_BLOCKS or x.dtype == tl.float8e4nv:
         if TOKENS_ON_M:
-            part = tl.dot(x, tl.trans(weights), input_precision="ieee", max_num_imprecise_acc=CHAIN)
+            part = tl.dot(x, tl.trans(weights), input_precision="ieee")
         else:
-            part = tl.dot(weights, tl.trans(x), input_precision="ieee", max_num_imprecise_acc=CHAIN)
-        scales = tl.load(scales_ptr + rows // SCALE_N * tl.cdiv(K, SCALE_K) + k // SCALE_K)
-        total += part * (scales[None, :] if TOKENS_ON_M else scales[:, None])
+            part = tl.dot(weights, tl.trans(x), input_precision="ieee")
+        if BY_BLOCKS:
+            tl.static_assert(SCALE_K % BLOCK_K == 0)
+            scales = tl.load(scales_ptr + rows // SCALE_N * tl.cdiv(K, SCALE_K) + k // SCALE_K)
+            part *= scales[None, :] if TOKENS_ON_M else scales[:, None]
+        total += part
     elif TOKENS_ON_M:
-        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee", max_num_imprecise_acc=CHAIN)
+        total = tl.dot(x, tl.trans(weights), total, input_precision="ieee")
     else:
-        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee", max_num_imprecise_acc=CHAIN)
+        total = tl.dot(weights, tl.trans(x), total, input_precision="ieee")
     return total
 
 
 @kernel
-def _four_bits(
-    codes_ptr, scales_ptr, rows, row, k, DESCRIBED: tl.constexpr,
-    FORMAT: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, GROUP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """4-bit weights as fp32 [BLOCK_N, BLOCK_K], times the scales of their groups but not of their rows."""
-    octets = k // 2 + tl.arange(0, BLOCK_K // 2)
-    groups = k // GROUP_K + tl.arange(0, BLOCK_K // GROUP_K)
-    if DESCRIBED:
-        codes = codes_ptr.load([row, k // 2])
-    elif K % BLOCK_K == 0:
-        codes = tl.load(codes_ptr + rows[:, None] * ROW_STRIDE + octets[None, :])
-    else:
-        inside = (octets < K // 2)[None, :]
-        codes = tl.load(codes_ptr + rows[:, None] * ROW_STRIDE + octets[None, :], mask=inside, other=0)
-    scale_pointers = scales_ptr + rows[:, None] * (K // GROUP_K) + groups[None, :]
-    if K % BLOCK_K == 0:
-        scales = tl.load(scale_pointers)
-    elif FORMAT == "nvfp4":
-        scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0.0)
-    else:
-        scales = tl.load(scale_pointers, mask=(groups < K // GROUP_K)[None, :], other=0)
-    if FORMAT == "nvfp4":
-        steps = scales.to(tl.float32)
-    else:
-        steps = e8m0(scales)
-    values = tl.reshape(tl.join(e2m1(codes), e2m1(codes >> 4)), (BLOCK_N, BLOCK_K // GROUP_K, GROUP_K))
-    return tl.reshape(values * steps[:, :, None], (BLOCK_N, BLOCK_K))
-
-
-@kernel
-def e2m1(codes):
-    """The code in the low four bits of a uint8 -> fp32. Exponent and mantissa move to their places in fp32, where
-    0.5, the subnormal number of e2m1, becomes subnormal too: a product with 2^126 corrects all codes alike."""
-    wide = codes.to(tl.uint32)
-    return (((wide & 7) << 22) | ((wide & 8) << 28)).to(tl.float32, bitcast=True) * E2M1_BIAS
-
-
-@kernel
-def e8m0(scales):
-    """uint8 scale -> fp32, 2^(scale - 127); 255 is NaN."""
-    wide = scales.to(tl.uint32)
-    bits = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@kernel
 def _finished(
-    total, scales_ptr, row_scales_ptr, rows,
+    total, scales_ptr, rows,
     FORMAT: tl.constexpr, K: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, TOKENS_ON_M: tl.constexpr,
 ):  # fmt: skip
     """Sums as [BLOCK_T, BLOCK_N], times the scales of whole rows."""
     if not TOKENS_ON_M:
         total = tl.trans(total)
-    if FORMAT == "fp8" and SCALE_K >= K:
+    if (FORMAT == "fp8" or FORMAT == "fp8 woven") and SCALE_K >= K:
         total *= tl.load(scales_ptr + rows // SCALE_N)[None, :]
-    elif FORMAT == "nvfp4":
-        total *= tl.load(row_scales_ptr + rows)[None, :]
     return total
 
 
@@ -193,11 +171,11 @@ def _finished(
 class Weights:
     """Layout of a matrix in memory, for which a kernel is compiled.
 
-    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (bytes, for 4-bit formats).
-    scale_block: rows and columns that share a scale.
+    rows, k: of one expert. Strides of a row and of an expert: in elements of the codes (words, for 4-bit formats
+    and woven fp8). scale_block: rows and columns that share a scale.
     """
 
-    format: str  # "plain", or a DeviceMatrix's
+    format: str  # "plain", or a DeviceMatrix's layout
     pointer: str  # of the codes, such as "*bf16"
     rows: int
     k: int
@@ -209,7 +187,7 @@ class Weights:
     def of(cls, operation: str, matrix: Matrix) -> Weights:
         """Layout of a matrix. Raises ArgumentError if it is packed for a CPU, or its rows are not contiguous."""
         if isinstance(matrix, DeviceMatrix):
-            return cls.stored(matrix.format, matrix.shape[-2], matrix.shape[-1], matrix.block)
+            return cls.stored(matrix.layout, matrix.shape[-2], matrix.shape[-1], matrix.block)
         if not isinstance(matrix, Tensor):
             raise ArgumentError(f"{operation}: weights of format {matrix.format} are packed for a CPU")
         *_, rows, k = matrix.shape
@@ -224,6 +202,7 @@ class Weights:
         return cls("plain", POINTER[matrix.dtype], rows, k, matrix.stride(-2), expert_stride)
 
     @classmethod
+    @kept
     def stored(cls, format: str, rows: int, k: int, block: tuple[int, int] | None = None) -> Weights:
         """Layout of contiguous weights in a format: "bf16", "float32", or a DeviceMatrix's. block: rows and columns
         of an fp8 scale, by default one row."""
@@ -231,13 +210,19 @@ class Weights:
             return cls("plain", "*bf16" if format == "bf16" else "*fp32", rows, k, k, rows * k)
         if format == "fp8":
             return cls(format, "*fp8e4nv", rows, k, k, rows * k, block or (1, k))
-        return cls(format, "*u8", rows, k, k // 2, rows * k // 2, (1, GROUP[format]))
+        if format == "fp8 woven":
+            return cls(format, "*i32", rows, k, k // fp8.WORD, rows * k // fp8.WORD, block or (1, k))
+        words = stretched(k) // WORD
+        return cls(format, "*i32", rows, k, words, rows * words, (1, GROUP[format]))
 
     @property
     def has_descriptor(self) -> bool:
         """Whether one tensor descriptor [experts * rows, k] can hold all experts: rows start at multiples of 16
-        bytes, and each expert starts where the one before it ends."""
-        bits = {"*bf16": 16, "*fp32": 32}.get(self.pointer, 8)
+        bytes, and each expert starts where the one before it ends. 4-bit formats have none: a tile of gate and up
+        is one of them (four_bit.py)."""
+        if self.format in GROUP:
+            return False
+        bits = {"*bf16": 16, "*fp32": 32, "*i32": 32}.get(self.pointer, 8)
         aligned = self.row_stride * bits % (8 * ALIGNMENT) == 0
         return aligned and self.expert_stride in (0, self.rows * self.row_stride)
 
@@ -245,9 +230,9 @@ class Weights:
         """Types of the pointers that a kernel takes for the matrix."""
         types = {f"{prefix}codes_ptr": self.pointer}
         if self.format != "plain":
-            kinds = {"fp8": "*fp32", "nvfp4": "*fp8e4nv", "mxfp4": "*u8"}
+            kinds = {"fp8": "*fp32", "fp8 woven": "*fp32", "nvfp4": "*i16", "mxfp4": "*u8"}
             types[f"{prefix}scales_ptr"] = kinds[self.format]
-        if self.format == "nvfp4":
+        if self.format in GROUP:
             types[f"{prefix}row_scales_ptr"] = "*fp32"
         return types
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
+from cierzo.kernels.cuda.launch.kernel import divide_up
+from cierzo.kernels.triton.launch import POINTER, Configuration, kept, kernel, launch
 
 ELEMENTS = 1024  # rotated values of a program, about
 
@@ -57,6 +58,15 @@ def _rope_tables(
 
 
 @kernel
+def rotated(first, second, cos_ptr, sin_ptr, token, F: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """Members of pairs, fp32 [..,BLOCK], rotated by the angles of `token` (int64), in `dtype`."""
+    pairs = tl.arange(0, BLOCK)
+    cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@kernel
 def rotated_pairs(
     pointer, live, cos_ptr, sin_ptr, token,
     F: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -64,19 +74,15 @@ def rotated_pairs(
     """First and second members [HEADS,BLOCK] of pairs, rotated by the angles of `token` (int64), in the pointer's
     dtype. pointer, live [HEADS,1]: each head's first rotated value, and whether there is such a head. Interleaved
     pairs are taken apart in registers, so that loads stay wide."""
-    pairs = tl.arange(0, BLOCK)
-    cos = tl.load(cos_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * F + pairs, mask=pairs < F, other=0.0)[None, :]
     if INTERLEAVED:
         columns = tl.arange(0, 2 * BLOCK)[None, :]
         both = tl.load(pointer + columns, mask=live & (columns < 2 * F), other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(both, (HEADS, BLOCK, 2)))
     else:
-        columns = pairs[None, :]
+        columns = tl.arange(0, BLOCK)[None, :]
         first = tl.load(pointer + columns, mask=live & (columns < F), other=0.0).to(tl.float32)
         second = tl.load(pointer + F + columns, mask=live & (columns < F), other=0.0).to(tl.float32)
-    dtype = pointer.dtype.element_ty
-    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+    return rotated(first, second, cos_ptr, sin_ptr, token, F, BLOCK, pointer.dtype.element_ty)
 
 
 @kernel
@@ -143,7 +149,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Te
     )
     launch(
         configuration,
-        (tokens, triton.cdiv(heads, configuration.constants["HEADS"])),
+        (tokens, divide_up(heads, configuration.constants["HEADS"])),
         x_ptr=x,
         cos_ptr=cos.contiguous(),
         sin_ptr=sin.contiguous(),
@@ -151,6 +157,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: Te
     )
 
 
+@kept
 def tables_configuration(pairs: int) -> Configuration:
     """pairs: F, the rotated pairs of a head."""
     types = {"positions_ptr": "*i64"} | dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32")
@@ -158,6 +165,7 @@ def tables_configuration(pairs: int) -> Configuration:
     return Configuration(_rope_tables, types | {"magnitude": "fp32"}, constants, num_warps=1)
 
 
+@kept
 def rope_configuration(
     pointer: str, heads: int, width: int, pairs: int, strides: tuple[int, int], interleaved: bool, scaled: bool
 ) -> Configuration:

@@ -27,17 +27,20 @@ def masked(scores, positions, sees, WINDOW: tl.constexpr):
 
 
 @kernel
-def softmax_step(scores, values, acc, largest, total, MAY_BE_EMPTY: tl.constexpr):
+def softmax_step(
+    scores, factor, values, acc, largest, total, MAY_BE_EMPTY: tl.constexpr, LIFT: tl.constexpr = 0
+):  # fmt: skip
     """Add one tile of tokens: returns the new acc, largest, total.
 
-    scores fp32 [ROWS,TOKENS]; values [TOKENS,W] in the dtype of the product; acc fp32 [ROWS,W]; largest and total
-    fp32 [ROWS]. MAY_BE_EMPTY: a row may have seen no token yet, after this tile either.
+    scores fp32 [ROWS,TOKENS], which a positive factor takes to base 2; values [TOKENS,W] in the dtype of the
+    product; acc fp32 [ROWS,W]; largest and total fp32 [ROWS]. MAY_BE_EMPTY: a row may have seen no token yet, after
+    this tile either. LIFT: the weights are 2^LIFT times what they are elsewhere.
     """
-    peak = tl.maximum(largest, tl.max(scores, 1))
+    peak = tl.maximum(largest, tl.max(scores, 1) * factor)
     base = peak
     if MAY_BE_EMPTY:
         base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf minus -inf would be NaN
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(tl.fma(scores, factor, -(base - LIFT)[:, None]))
     fade = tl.exp2(largest - base)
     total = total * fade + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")

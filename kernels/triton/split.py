@@ -23,7 +23,9 @@ no room come out as NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -31,10 +33,8 @@ from torch import Tensor
 
 from cierzo.kernels.derived import derived
 from cierzo.kernels.ops.attention import PagedQueries
-from cierzo.kernels.triton.launch import POINTER, Configuration, kernel, launch
-from cierzo.kernels.triton.paged import tile_width
-from cierzo.kernels.triton.prefix import Prefixes, lent
-from cierzo.kernels.triton.softmax import LOG2_E, sink_of
+from cierzo.kernels.triton.launch import Configuration, kept, kernel, launch
+from cierzo.kernels.triton.prefix import Prefixes
 
 # Rows of a tile, as many as the product of a warp group takes. With few heads some rows are empty, which costs less
 # than reading the pages; the draft tokens of a sequence share the tile of its first token.
@@ -45,11 +45,23 @@ PARTIAL_BYTES = 256 << 20  # largest size of the partial results of a round; mor
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """`shorts` splits of `short` tokens, then splits of `long` tokens."""
+    """`shorts` splits of `short` tokens, then splits of `long` tokens.
+
+    walked: parts of a short and of a long split, one after another by its program. joined: short and long splits
+    whose partial results are added up ahead of others. Either way each part's softmax is its own, and the parts'
+    results are added in the same order by the same operations (`add_part`): a row's bits are the same.
+    """
 
     short: int
     shorts: int
     long: int
+    walked: tuple[int, int] = (1, 1)
+    joined: tuple[int, int] = (1, 1)
+
+    def apart(self) -> Splits:
+        """The parts that a program walks, as splits of their own."""
+        short, long = self.walked
+        return Splits(self.short // short, self.shorts * short, self.long // long, joined=self.walked)
 
     def count(self, context: int, seen: int = 0) -> int:
         """Number of splits of a context; with `seen`, at most so many hold the last `seen` tokens of any context up
@@ -58,28 +70,43 @@ class Splits:
         whole = -(-context // self.short) if rest <= 0 else self.shorts + -(-rest // self.long)
         return min(whole, -(-(seen - 1) // min(self.short, self.long)) + 1) if seen else whole
 
+    def most(self, segments: int, total: int) -> int:
+        """Largest number of splits of so many contexts of `total` tokens in all.
+
+        Ahead of rounding up, splits are a concave function of a context: most if all contexts are alike.
+        """
+        alike = total / segments
+        shorts = min(alike / self.short, self.shorts)
+        longs = max(alike - self.short * self.shorts, 0) / self.long
+        return segments + int(segments * (shorts + longs))
+
     def constants(self) -> dict[str, int]:
         """The kernels' constants of the same names."""
         return {"SHORT": self.short, "SHORTS": self.shorts, "LONG": self.long}
 
 
 SPLITS = Splits(512, 16, 1024)
+# MLA's: parts of 256 tokens, then of 1024. A partial result is written and read by 32 heads in 66 KB, the pages of
+# 2048 tokens in FP8 are 655 KB, and those of 4096 twice as many.
+WALKED = Splits(2048, 2, 4096, walked=(8, 4))
+PROGRAMS = 128  # as many walk; fewer would leave multiprocessors idle, so each part gets a program
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a decoding: key-value heads, query heads for each (the group), columns of a result, rows of a tile.
-    window: tokens that a row sees, its own included; 0 is all of them."""
+    window: tokens that a row sees, its own included; 0 is all of them. cut: where contexts are cut."""
 
     kv_heads: int
     group: int
     width: int
     rows: int = ROWS
     window: int = 0
+    cut: Splits = field(default_factory=lambda: SPLITS)
 
     def splits(self, length: int, context: int) -> int:
         """Largest number of splits of a segment with at most `length` query tokens and `context` tokens."""
-        return SPLITS.count(context, self.window + length - 1 if self.window else 0)
+        return self.cut.count(context, self.window + length - 1 if self.window else 0)
 
     @property
     def item_bytes(self) -> int:
@@ -114,12 +141,15 @@ class Round:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Items of a step and the rounds that run them. items int32 [I,4]; firsts int32 [N+1], each segment's first
-    item; row_segments int32 [T], each row's segment, -1 past the last one."""
+    item; row_segments int32 [T], each row's segment, -1 past the last one. read, combined: what those who attend,
+    and who add up, are given of it in each round."""
 
     items: Tensor
     firsts: Tensor
     row_segments: Tensor
     rounds: list[Round]
+    read: list[dict[str, Any]]
+    combined: list[dict[str, Any]]
 
 
 @kernel
@@ -199,6 +229,57 @@ def load_item(
 
 
 @kernel
+def add_part(largest, total, more_largest, more_total):
+    """Add a part's online softmax to that of the parts before: their largest score and sum of weights, and the
+    factors of the values before (round, then add) and of the part's (in one with the addition)."""
+    peak = tl.maximum(largest, more_largest)
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf minus -inf would be NaN
+    fade = tl.exp2(largest - base)
+    weight = tl.exp2(more_largest - base)
+    return peak, tl.fma(more_total, weight, total * fade), fade, weight
+
+
+@kernel
+def add_partial(
+    partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside, there,
+    ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """store_partial, after adding the tile to what is stored if a part is `there`."""
+    rows = place * ROWS + tl.arange(0, ROWS)
+    before = inside & there
+    maxima = tl.load(maxima_ptr + rows, mask=before, other=float("-inf"))
+    sums = tl.load(sums_ptr + rows, mask=before, other=0.0)
+    peak, mass, fade, weight = add_part(maxima, sums, largest, total)
+    _add_columns(
+        partials_ptr + rows[:, None] * W, acc, fade, weight, before, inside, 0, W, BLOCK_W, ROWS, min(64, BLOCK_W)
+    )
+    tl.debug_barrier()  # all have read before any writes
+    tl.store(maxima_ptr + rows, peak, mask=inside)
+    tl.store(sums_ptr + rows, mass, mask=inside)
+    tl.debug_barrier()  # all is written before any reads
+
+
+@kernel
+def _add_columns(
+    pointers, acc, fade, weight, before, inside, first: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Add columns first .. first + BLOCK - 1 of a tile to those stored, AT_ONCE at a time: all would need as many
+    registers again as the tile."""
+    if BLOCK > AT_ONCE:
+        halves = tl.permute(tl.reshape(acc, (ROWS, 2, BLOCK // 2)), (0, 2, 1))
+        low, high = tl.split(halves)
+        _add_columns(pointers, low, fade, weight, before, inside, first, W, BLOCK // 2, ROWS, AT_ONCE)
+        _add_columns(pointers, high, fade, weight, before, inside, first + BLOCK // 2, W, BLOCK // 2, ROWS, AT_ONCE)
+    else:
+        columns = first + tl.arange(0, BLOCK)[None, :]
+        wide = columns < W
+        values = tl.load(pointers + columns, mask=before[:, None] & wide, other=0.0)
+        total = tl.fma(acc, weight[:, None], values * fade[:, None])
+        tl.store(pointers + columns, total, mask=inside[:, None] & wide)
+
+
+@kernel
 def store_partial(
     partials_ptr, maxima_ptr, sums_ptr, place, acc, largest, total, inside,
     ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -251,84 +332,14 @@ def _plan(
         tl.store(row_segments_ptr + start + base + lanes, segment + 0 * lanes, mask=base + lanes < length)
 
 
-@kernel
-def _combine(
-    partials_ptr, maxima_ptr, sums_ptr, out_ptr, sinks_ptr, mates_ptr, query_starts_ptr, context_lengths_ptr,
-    firsts_ptr, row_segments_ptr, segment_start, segment_end, tile_start, tile_end, capacity,
-    HK: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
-    SHORT: tl.constexpr, SHORTS: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SINKS: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    query = tl.program_id(0)
-    head = tl.program_id(1)
-    segment = tl.load(row_segments_ptr + query)
-    columns = tl.arange(0, BLOCK_W)
-    wide = columns < W
-    out = out_ptr + (query.to(tl.int64) * (HK * G) + head) * W + columns
-    zero = tl.zeros((BLOCK_W,), tl.float32)
-    if segment < 0:
-        tl.store(out, zero.to(out_ptr.dtype.element_ty), mask=wide)
-        return
-    start = tl.load(query_starts_ptr + segment)
-    length = tl.load(query_starts_ptr + segment + 1) - start
-    context = tl.load(context_lengths_ptr + segment)
-    row = (query - start) * G + head % G
-    made, splits = segment_splits(context, length, SHORT, SHORTS, LONG, WINDOW)
-    first = tl.load(firsts_ptr + segment) + row // ROWS * splits
-    begin, end = round_items(
-        query_starts_ptr, firsts_ptr, context_lengths_ptr, segment_start, segment_end, tile_start, tile_end,
-        SHORT, SHORTS, LONG, WINDOW,
-    )  # fmt: skip
-    if (first < begin) | (first >= end):
-        return  # the row belongs to another round
-    sees = context - length + query - start + 1
-    unseen = first_split(sees, SHORT, SHORTS, LONG, WINDOW) - made  # the segment's splits before the row's window
-    splits = split_count(sees, SHORT, SHORTS, LONG) - made
-    if first - begin + splits > capacity:  # the host's bound was too small
-        tl.store(out, (zero + float("nan")).to(out_ptr.dtype.element_ty), mask=wide)
-        return
-    lanes = tl.arange(0, CHUNK)
-    step = HK * ROWS
-    base = (first - begin) * step + head // G * ROWS + row % ROWS
-    lent_base, lent_splits = base, 0  # of this row in its leader's tile, and the number of splits there
-    if TOGETHER > 1:  # noqa: SIM102 (decided when it is compiled)
-        if lent(mates_ptr, segment, segment_start, 0):
-            leader = tl.load(mates_ptr + segment * 3)
-            place = tl.load(mates_ptr + segment * 3 + 1)
-            lent_base = (tl.load(firsts_ptr + leader) - begin) * step + place * G + head
-            lent_splits = whole_splits(tl.load(mates_ptr + segment * 3 + 2), SHORT, SHORTS, LONG)
-    largest = float("-inf")
-    if SINKS:
-        largest = sink_of(sinks_ptr, head)
-        total = largest
-    for split in range(unseen, splits, CHUNK):
-        rows = tl.where(split + lanes < lent_splits, lent_base, base) + (split + lanes) * step
-        maxima = tl.load(maxima_ptr + rows, mask=split + lanes < splits, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(maxima))
-    total = tl.exp2(total - largest) if SINKS else 0.0
-    acc = zero
-    for split in range(unseen, splits, CHUNK):
-        live = split + lanes < splits
-        rows = tl.where(split + lanes < lent_splits, lent_base, base) + (split + lanes) * step
-        weights = tl.exp2(tl.load(maxima_ptr + rows, mask=live, other=float("-inf")) - largest)
-        total += tl.sum(weights * tl.load(sums_ptr + rows, mask=live, other=0.0))
-        inside = live[:, None] & wide[None, :]
-        parts = tl.load(partials_ptr + rows[:, None].to(tl.int64) * W + columns[None, :], mask=inside, other=0.0)
-        acc += tl.sum(weights[:, None] * parts, axis=0)
-    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=wide)
-
-
 @derived
 def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
     """The plan of this step, made once for all layers. num_rows: T."""
     segments, device = len(queries.query_lengths), queries.block_tables.device
     rounds = _rounds(queries, shape)
-    bound = sum(part.capacity for part in rounds)
-    if queries.total_context:
-        tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
-        together = tiles * (segments * (SPLITS.shorts + 1) + queries.total_context // SPLITS.long)
-        if together < bound:
-            bound, rounds = together, [Round(0, segments, 0, -1, together)]
+    bound, together = sum(part.capacity for part in rounds), most_items(queries, shape)
+    if together < bound:
+        bound, rounds = together, [Round(0, segments, 0, -1, together)]
     items = torch.empty(bound, ITEM, dtype=torch.int32, device=device)
     firsts = torch.zeros(segments + 1, dtype=torch.int32, device=device)
     row_segments = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
@@ -343,7 +354,34 @@ def plan(queries: PagedQueries, shape: Shape, num_rows: int) -> Plan:
         segments=segments,
         limit=bound,
     )
-    return Plan(items, firsts, row_segments, rounds)
+    of_queries = {"query_starts_ptr": queries.query_starts, "context_lengths_ptr": queries.context_lengths}
+    tables = {"table_rows_ptr": queries.table_rows, "tables_ptr": queries.block_tables}
+    both = {**of_queries, "firsts_ptr": firsts}
+    read = {**both, **tables, "items_ptr": items, "table_stride": queries.block_tables.stride(0)}
+    combined = {**both, "row_segments_ptr": row_segments}
+    return Plan(
+        *(items, firsts, row_segments, rounds),
+        read=[read | part.arguments() for part in rounds],
+        combined=[combined | part.arguments() | {"capacity": part.capacity} for part in rounds],
+    )
+
+
+@derived
+def most_items(queries: PagedQueries, shape: Shape) -> int:
+    """Largest number of items of a step, by the lists or by total_context."""
+    lengths = zip(queries.query_lengths, queries.contexts, strict=True)
+    items = sum(
+        -(-length * shape.group // shape.rows) * shape.splits(length, context) for length, context in lengths
+    )
+    if queries.total_context:
+        tiles = max(-(-length * shape.group // shape.rows) for length in queries.query_lengths)
+        items = min(items, tiles * shape.cut.most(len(queries.query_lengths), queries.total_context))
+    return items
+
+
+def walked(queries: PagedQueries, shape: Shape) -> Shape:
+    """The shape itself if its programs fill a card, else with a program for each part of a split."""
+    return shape if most_items(queries, shape) >= PROGRAMS else replace(shape, cut=shape.cut.apart())
 
 
 def _rounds(queries: PagedQueries, shape: Shape) -> list[Round]:
@@ -380,8 +418,17 @@ class Partials:
         """Room for the largest round."""
         size = (max(part.capacity for part in plan.rounds), shape.kv_heads, shape.rows)
         device = plan.items.device
-        maxima, sums = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
-        return cls(torch.empty(*size, shape.width, dtype=torch.float32, device=device), maxima, sums)
+        values = torch.empty(*size, shape.width, dtype=torch.float32, device=device)
+        return cls(values, values.new_empty(*size), values.new_empty(*size))
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A kernel that adds up partial results (combine.py), and its own arguments."""
+
+    configuration: Configuration
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
 
 
 # Arguments of the kernels that attend, beside the queries, the pages and the kernel's own; `decode` fills them in.
@@ -397,84 +444,39 @@ ATTEND_TYPES = {
 def decode(
     configuration: Configuration,
     out: Tensor,
-    queries: PagedQueries,
+    made: Plan,
     shape: Shape,
-    scale: float,
-    sinks: Tensor | None = None,
+    factor: float,
+    finish: Finish,
     mates: Prefixes | None = None,
     **arguments: Tensor,
 ) -> None:
-    """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, into out [T, Hk G, W].
+    """Attend by `configuration`, a kernel that takes ATTEND_TYPES and `arguments`, and add up its partial
+    results by `finish`, into out.
 
-    scale: of the scores. sinks fp32 [Hk G]. mates: the sequences that share programs. Rows past the last segment
+    factor: of the scores, above 0, to base 2. mates: the sequences that share programs. Rows past the last segment
     become 0.
     """
-    made = plan(queries, shape, len(out))
     partials = Partials.empty(made, shape)
-    for part in made.rounds:
-        launch(
-            configuration,
-            (part.capacity, shape.kv_heads),
-            query_starts_ptr=queries.query_starts,
-            context_lengths_ptr=queries.context_lengths,
-            table_rows_ptr=queries.table_rows,
-            tables_ptr=queries.block_tables,
-            items_ptr=made.items,
-            firsts_ptr=made.firsts,
-            partials_ptr=partials.values,
-            maxima_ptr=partials.maxima,
-            sums_ptr=partials.sums,
-            table_stride=queries.block_tables.stride(0),
-            factor=scale * LOG2_E,
-            **part.arguments(),
-            **arguments,
-        )
-        launch(
-            combine_configuration(POINTER[out.dtype], shape, sinks is not None, mates.together if mates else 1),
-            (out.shape[0], out.shape[1]),
-            partials_ptr=partials.values,
-            maxima_ptr=partials.maxima,
-            sums_ptr=partials.sums,
-            out_ptr=out,
-            sinks_ptr=partials.sums if sinks is None else sinks,  # without sinks it is not read
-            mates_ptr=mates.mates if mates else made.firsts,
-            query_starts_ptr=queries.query_starts,
-            context_lengths_ptr=queries.context_lengths,
-            firsts_ptr=made.firsts,
-            row_segments_ptr=made.row_segments,
-            capacity=part.capacity,
-            **part.arguments(),
-        )
+    parts = {"partials_ptr": partials.values, "maxima_ptr": partials.maxima, "sums_ptr": partials.sums}
+    leaders = mates.mates if mates else made.firsts
+    for part, read, combined in zip(made.rounds, made.read, made.combined, strict=True):
+        grid = (part.capacity, shape.kv_heads)
+        launch(configuration, grid, factor=factor, **parts, **read, **arguments)
+        rest = finish.arguments
+        launch(finish.configuration, finish.grid, out_ptr=out, mates_ptr=leaders, **parts, **combined, **rest)
 
 
+@kept
 def plan_configuration(shape: Shape) -> Configuration:
     """Configuration of the kernel that makes the items."""
     tables = ("query_starts_ptr", "context_lengths_ptr", "items_ptr", "firsts_ptr", "row_segments_ptr")
     types = dict.fromkeys(tables, "*i32") | dict.fromkeys(("segments", "limit"), "i32")
-    constants = {"G": shape.group, "ROWS": shape.rows, **SPLITS.constants(), "WINDOW": shape.window, "BLOCK": 256}
-    return Configuration(_plan, types, constants)
-
-
-def combine_configuration(pointer: str, shape: Shape, sinks: bool = False, together: int = 1) -> Configuration:
-    """pointer: to the result, such as "*bf16". together: sequences that may share a program; more than one only
-    with a single key-value head."""
-    types = (
-        dict.fromkeys(("partials_ptr", "maxima_ptr", "sums_ptr", "sinks_ptr"), "*fp32")
-        | {"out_ptr": pointer}
-        | dict.fromkeys(("query_starts_ptr", "context_lengths_ptr", "firsts_ptr", "row_segments_ptr"), "*i32")
-        | {"mates_ptr": "*i32"}
-        | dict.fromkeys(("segment_start", "segment_end", "tile_start", "tile_end", "capacity"), "i32")
-    )
     constants = {
-        "HK": shape.kv_heads,
         "G": shape.group,
         "ROWS": shape.rows,
-        "W": shape.width,
-        "BLOCK_W": tile_width(shape.width),
-        **SPLITS.constants(),
+        **shape.cut.constants(),
         "WINDOW": shape.window,
-        "CHUNK": 16,
-        "SINKS": sinks,
-        "TOGETHER": together,
+        "BLOCK": 256,
     }
-    return Configuration(_combine, types, constants)
+    return Configuration(_plan, types, constants)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run the subcommand; the exit status, that of an error of the engine included."""
-    from cierzo.engine.config import check_environment
+    from cierzo.engine.environment import check_environment
     from cierzo.engine.errors import CierzoError, ConfigError, InvalidRequest, ProtocolError
 
     try:

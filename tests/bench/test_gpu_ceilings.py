@@ -15,9 +15,10 @@ from cierzo.bench.gpu.configurations import configurations, digest, fingerprint
 from cierzo.bench.gpu.loops import Loop
 from cierzo.kernels.cuda.launch.kernel import program
 from cierzo.kernels.triton import activations
+from cierzo.kernels.triton.launch import Configuration
 
 VERSIONS = ("3.6", "3.9")
-NAME = "linear: linear, small4, one row, fp8"
+NAME = "linear: lm_head, small4, 64 rows, bf16"
 CONFIGURATION = configurations()[NAME]  # 128 outputs, 64 tokens, 64 of k, 4 warps
 TURN = {
     "HGMMA.64x128x16.F32.BF16": 4, "WARPGROUP.DEPBAR.LE 0": 1, "DEPBAR.LE 4": 1, "F2F.BF16.F16": 64,
@@ -118,10 +119,30 @@ def test_every_committed_line_is_at_its_own_ceilings(version: str) -> None:
 
 
 def test_products_that_are_not_of_whole_tiles_are_refused() -> None:
-    with pytest.raises(ValueError, match="linear: 655360 products in a turn, not a multiple of 524288"):
+    with pytest.raises(
+        ValueError, match="linear: 655360 products in a turn of loop 1 of 1, no multiple of 524288, nor a part"
+    ):
         line_of(TURN | {"HGMMA.64x128x16.F32.BF16": 5})
-    with pytest.raises(ValueError, match="linear: 0 products in a turn"):
-        line_of({"IADD3": 1})
+    turn = Loop({"IADD3": 1}, {"HGMMA.64x128x16.F32.BF16": 4}, place=(2, 3))
+    with pytest.raises(ValueError, match="linear: 0 products in a turn of loop 2 of 3"):
+        ceilings.units(CONFIGURATION, turn)
+
+
+def test_a_turn_may_do_a_part_of_a_tile_and_without_matrix_instructions_does_one() -> None:
+    assert line_of(TURN | {"HGMMA.64x128x16.F32.BF16": 2})["units"] == 128 * 64 // 2
+    assert ceilings.units(CONFIGURATION, Loop({"FFMA": 64}, {"EXIT": 1})) == ("weights", 128 * 64)
+
+
+def test_kernels_of_products_are_known_by_their_constants() -> None:
+    for name, configuration in configurations().items():
+        found, of = ceilings.unit(configuration), configuration.constants
+        assert (found is None) == (not ({"BLOCK_T", "DEPTH"} & of.keys() or configuration.name in ceilings.WIDTHS))
+        if found is not None:
+            assert ceilings.tile_of(configuration) * configuration.num_warps == found[2], name
+    new = Configuration(CONFIGURATION.kernel, {}, {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_K": 128, "PAIRED": True})
+    assert ceilings.unit(new) == ("weights", 2 * 64 * 128, 2 * 64 * 128 * 16)
+    assert ceilings.unit(Configuration(CONFIGURATION.kernel, {}, {"BLOCK_N": 64})) is None
+    assert ceilings.tile_of(Configuration(CONFIGURATION.kernel, {}, {})) == 1
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -167,17 +188,20 @@ def test_nothing_that_is_committed_spills_or_flushes_what_is_not_known(version: 
         )
         assert set(line["flushes"]) <= set(FLUSHING), name
         if "ex2.approx.ftz.f32" in line["flushes"]:
-            assert name.split(":")[0] in ("mla_attend", "gqa_attend", "flash", "combine"), name
+            assert name.split(":")[0] in ("mla_attend", "gqa_attend", "flash", "combine", "values"), name
         if "rsqrt.approx.ftz.f32" in line["flushes"]:
-            assert "norm" in name, name
+            assert "norm" in name or name.startswith("latents_of"), name
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_products_of_a_turn_are_those_of_its_tile(version: str) -> None:
-    """Today's compilers unroll no loop of ours; a kernel without a loop does all its tiles at once."""
+    """Today's compilers unroll no loop of ours; a kernel without a loop does all its tiles at once, and one of a
+    single product, behind other work, is counted whole."""
     for name, line in ceilings.read(version)["kernels"].items():
         found = ceilings.unit(configurations()[name])
-        assert (line["unit"] != "turns") == (found is not None) == bool(line["turn"]["mma"]), name
+        assert (line["unit"] != "turns") == (found is not None), name
+        if name.split(":")[0] not in ("values", "rotate_and_absorb"):
+            assert (found is not None) == bool(line["turn"]["mma"]), name
         if found is not None and line["loops"]:
             assert line["units"] == found[1], name
 
@@ -194,7 +218,7 @@ def test_a_report_is_written_unless_a_count_rose(
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
     ceilings.write(compiled.triton.__version__, {NAME: line_of()})
     turn = TURN | {"IADD3": TURN["IADD3"] + more}
-    found = Compiled(200, 0, 1000, Loop(turn, {}), True)
+    found = Compiled(200, 0, 1000, Loop(turn, {}), True, waits=True)
     monkeypatch.setattr(compiled, "compile_all", lambda: [(NAME, CONFIGURATION, found, "")])
     assert compiled.main(options) == status
     told = capsys.readouterr().out
@@ -209,11 +233,12 @@ def test_a_fault_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Not even on demand: spills and unknown flushes are no counts that one accepts."""
     monkeypatch.setattr(ceilings, "RESULTS", tmp_path)
     for fault in (
-        Compiled(255, 8, 0, Loop(TURN, {})),
-        Compiled(9, 0, 0, Loop(TURN, {"STL": 1})),
+        Compiled(255, 8, 0, Loop(TURN, {}), waits=True),
+        Compiled(9, 0, 0, Loop(TURN, {"STL": 1}), waits=True),
+        Compiled(9, 0, 0, Loop(TURN, {}), waits=False),
     ):
         monkeypatch.setattr(compiled, "compile_all", lambda fault=fault: [(NAME, CONFIGURATION, fault, "")])
         assert compiled.main(["--accept"]) == 1
     assert list(tmp_path.iterdir()) == []
-    flushing = Compiled(9, 0, 0, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2})
+    flushing = Compiled(9, 0, 0, Loop(TURN, {}), True, {"ex2.approx.ftz.f32": 1, "FADD.FTZ": 2}, waits=True)
     assert compiled.faults(CONFIGURATION, flushing) == ["flushes subnormals: FADD.FTZ"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -122,7 +123,8 @@ def test_the_loop_that_multiplies_is_the_main_one_however_deep_it_lies() -> None
     outer, inner = loops.loops(code_of(NESTED))
     assert (outer.depth, outer.issued) == (0, 6)
     assert (inner.depth, inner.issued) == (1, 2)
-    assert found_in(NESTED) == inner
+    main = found_in(NESTED)
+    assert (main, sum(main.around.values())) == (replace(inner, around=main.around), 6 - 2)
     # and where the inner one only counts down, the outer one, with one turn of the other
     moved = NESTED.replace("HMMA.16816.F32.BF16 R24, R8, R10, R24", "IADD3 R1, R1, R1, RZ").replace(
         "FADD R1, R2, R3", "HMMA.16816.F32.BF16 R24, R8, R10, R24"
@@ -131,10 +133,69 @@ def test_the_loop_that_multiplies_is_the_main_one_however_deep_it_lies() -> None
     assert found_in(moved).issued == 6
 
 
-def test_without_products_the_loop_with_the_most_loads_is_the_main_one() -> None:
+# A norm's loop loads more than the product's, whose weights are in registers; what is behind that multiplies too.
+FUSED = """
+.L_x_0:
+    LDG.E.128 R4, desc[UR4][R2.64] ;
+    LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+    FFMA R1, R4, R4, R1 ;
+    @P0 BRA `(.L_x_0) ;
+    MUFU.RSQ R1, R1 ;
+.L_x_1:
+    LDG.E.128 R4, desc[UR4][R2.64] ;
+    LOP3.LUT R5, R4, R6, RZ, 0xc0, !PT ;
+    HGMMA.64x16x16.F32.BF16 R24, R120, gdesc[UR12], R24 ;
+    HGMMA.64x16x16.F32.BF16 R24, R124, gdesc[UR12], R24, gsb0 ;
+    WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+    @P1 BRA `(.L_x_1) ;
+    HGMMA.64x16x16.F32.BF16 R24, R120, gdesc[UR12], R24, gsb0 ;
+.L_x_2:
+    FMUL R1, R2, R3 ;
+    @P2 BRA `(.L_x_2) ;
+"""
+
+
+def test_of_several_loops_the_one_that_multiplies_is_the_main_one_and_says_which_it_is() -> None:
+    loop = found_in(FUSED)
+    assert (loop.mma, loop.place) == ({"HGMMA.64x16x16.F32.BF16": 2}, (2, 3))
+    fp8 = found_in(FUSED.replace("HGMMA.64x16x16.F32.BF16", "QGMMA.64x16x32.F32.E4M3.E4M3"))
+    assert (fp8.products, fp8.place) == (2 * 64 * 16 * 32 // 4, (2, 3))
+
+
+def test_a_loop_around_the_one_that_multiplies_is_not_the_main_one_for_what_was_moved_out() -> None:
+    """Parts of k: each has a loop, whose last turn the compiler put behind it, within the loop over parts."""
+    parts = ".L_x_9:\n    MOV R1, R2 ;\n" + FUSED + "    @P3 BRA `(.L_x_9) ;\n"
+    assert (found_in(parts).place, found_in(parts).depth) == ((3, 4), 1)
+    assert found_in(parts).around["MOV"] == found_in(parts).around["MUFU.RSQ"] == 1
+    assert found_in(FUSED).around == {}
+    more = parts.replace(
+        "    MUFU.RSQ", "    HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR12], R24, gsb0 ;\n    MUFU.RSQ"
+    )
+    assert found_in(more).place == (3, 4)
+
+
+def test_a_loop_with_whole_tiles_of_the_source_comes_before_one_with_more_products() -> None:
+    scores = ".L_x_5:\n" + "    HMMA.16816.F32.BF16 R24, R8, R10, R24 ;\n" * 9 + "    @P0 BRA `(.L_x_5) ;\n"
+    tile = 2 * 64 * 16 * 16 // 4
+    assert main_loop(code_of(FUSED + scores)).place == (4, 4)  # type: ignore[union-attr]
+    assert main_loop(code_of(FUSED + scores), tile).place == (2, 4)  # type: ignore[union-attr]
+    assert main_loop(code_of(FUSED + scores), tile + 1).place == (4, 4)  # type: ignore[union-attr]
+
+
+def test_a_kernel_that_multiplies_outside_its_loops_has_no_main_loop() -> None:
+    straight = FUSED.replace("    @P1 BRA `(.L_x_1) ;\n", "")
+    assert main_loop(code_of(straight)) is None
+    assert loops.whole(code_of(straight)).products == 3 * 64 * 16 * 16 // 4
+
+
+def test_without_products_the_loop_that_loads_most_bytes_is_the_main_one() -> None:
     busy = ".L_x_0:\n" + "    FADD R1, R2, R3 ;\n" * 9 + "    @P0 BRA `(.L_x_0) ;\n"
     loading = ".L_x_1:\n    LDG.E.U8 R4, desc[UR4][R2.64] ;\n    @P0 BRA `(.L_x_1) ;\n"
     assert found_in(busy + loading).widths() == {"LDG.8": 1}
+    wide = loading.replace("LDG.E.U8", "LDG.E.128").replace("L_x_1", "L_x_2")
+    assert found_in(loading.replace("    @", "    LDG.E.U8 R5, [R2] ;\n    @") + wide).widths() == {"LDG.128": 1}
+    copied = ".L_x_3:\n    UTMALDG.2D [UR8], [UR14] ;\n    @P0 BRA `(.L_x_3) ;\n"
+    assert found_in(copied + wide).widths() == {"UTMALDG": 1}
     assert found_in(busy + ".L_x_1:\n    IADD3 R1, R1, R1, RZ ;\n    @P0 BRA `(.L_x_1) ;\n").issued == 10
 
 

@@ -14,9 +14,10 @@ from cierzo.bench.gpu.configurations import digest, fingerprint
 from cierzo.engine.cost import roofs
 from cierzo.engine.cost.cards import find_device
 from cierzo.engine.cost.data_sheets import DATA_SHEETS
+from cierzo.engine.cost.launched import launched_work
 from cierzo.engine.cost.roofs import Code, Counts, Launch
 from cierzo.engine.cost.weights import NumberFormats
-from cierzo.engine.cost.work import StepShape, step_work, work_beside
+from cierzo.engine.cost.work import StepShape
 from cierzo.engine.weights.shapes import named_model_config
 
 STEP = StepShape(*(64.0,) * 6, sampled=64.0)
@@ -32,8 +33,7 @@ def test_every_operation_of_a_step_has_a_price(card: str, weights: Any, name: st
         layout = model.cache_layout(32, pages)
         for activations in ("bf16", "fp8"):
             formats = NumberFormats(weights=weights, activations=activations)
-            works = [*step_work(model, layout, formats, STEP), *work_beside(model, layout, STEP)]
-            for work in works:
+            for work in launched_work(model, layout, formats, STEP):
                 found = device.predicted.get(f"{work.operation} {work.format}, {work.width} wide")
                 assert found is not None, (work.operation, work.format, work.width)
                 assert len(found.limits_s) == len(found.seconds) == len(found.roofs) >= 6
@@ -72,46 +72,101 @@ def test_launches_of_both_kinds_are_seen() -> None:
         call = _call(operation, rows)
         return [(one.kernel.name, one.grid) for one in predicted.launches(operation, call.arguments)]
 
-    assert seen("expert_mlp", 8) == [("expert_gate_up", (1056,)), ("expert_down", (1056,)), ("sum_slots", (8, 4))]
+    assert seen("expert_mlp", 8) == [("expert_gate_up", (1056,)), ("expert_down", (1056,)), ("sum_terms", (8, 4))]
     assert seen("route", 8) == [("route_logits_bf16_bf16", (1, 32, 1)), ("route_choose", (2, 1, 1))]
     assert [name for name, _ in seen("group_by_expert", 4096)] == ["count_by_expert", "group_by_expert"]
 
 
 def test_the_price_of_experts_is_that_of_their_tiles() -> None:
-    """One row: four experts and the shared one, 32 tiles of outputs each, of 32 turns."""
+    """One row: four experts and the shared one, 64 tiles of outputs each, of 16 turns."""
     call = _call("expert_mlp", 1, "nvfp4")
     up = predicted.launches("expert_mlp", call.arguments)[0]
-    mma = {"HGMMA.64x64x16.F32.BF16": 16}  # of a turn: 64 rows by 2 x 64 outputs by 128 columns
+    mma = {"HGMMA.64x16x16.F32.BF16": 16}  # of a turn: 2 x 32 outputs by 16 rows by 256 columns
     line = {
         "warps": 4,
         "registers": 142,
         "shared_bytes": 83_968,
         "stages": 3,
         "loops": True,
-        "units": 2 * 64 * 128,
+        "units": 2 * 32 * 256,
         "turn": {"classes": {"FP32": 500, "PRMT": 300, "F2F": 10, "MMA": 16}, "mma": mma},
         "outside": {"ALU": 100},
+        "around": {},
     }
-    found = predicted.to_price(call, up, {digest(up.kernel): line})
-    turn = Counts(issued=826, integers=300, conversions=10, mma_clocks=16 * 32 / 4)
+    (found,) = predicted.to_price(call, up, {digest(up.kernel): line})
+    turn = Counts(issued=826, integers=300, conversions=10, mma_clocks=16 * 16 / 4)
     outside = Counts(issued=100, integers=100)
     code = Code(warps=4, registers=142, shared_bytes=83_968, stages=3, turn=turn, outside=outside)
     weights = 5 * 4096 * (4096 * 9 / 16 + 4)
     rows = 4096 * 2 + 5 * 2048 * 2 + (4 + 129) * 8  # and which row goes to which expert
-    assert up.grid == (5 * 32,)
-    expected = Launch(code=code, programs=160, num_bytes=weights + rows, turns=32.0)
+    assert up.grid == (5 * 64,)
+    expected = Launch(code=code, programs=320, num_bytes=weights + rows, turns=16.0)
     assert roofs.seconds(DATA_SHEETS["h200"], found) == pytest.approx(roofs.seconds(DATA_SHEETS["h200"], expected))
-    assert found.instructions == expected.instructions == 160 * 4 * (32 * 826 + 100)
+    assert found.instructions == expected.instructions == 320 * 4 * (16 * 826 + 100)
+
+
+def test_the_price_of_a_launch_of_stages_is_that_of_each_but_one_node() -> None:
+    """Two rows: norms of five terms each; 21 tiles of outputs in parts of k; two norms of each of their sums."""
+    size = Size(name="any", sequences=2, rows_each=1, context=4096)
+    (call,) = predicted.as_called("latents_of", SMALL4, size, "fp8")
+    (seen,) = predicted.launches("latents_of", call.arguments)
+    c = seen.kernel.constants
+    products = 21 * c["PARTS"]
+    assert seen.grid == (2 + products + 2 * 2,)
+    turn = {"classes": {"FP32": 90, "MMA": 10}, "mma": {}}
+    line = {"warps": 4, "registers": 96, "shared_bytes": 40_000, "stages": 4, "loops": True, "turn": turn}
+    line |= {"units": c["BLOCK_N"] * c["BLOCK_K"], "outside": {"ALU": 300}, "around": {}}
+    norms, parts, sums = predicted.to_price(call, seen, {digest(seen.kernel): line})
+    assert [one.programs for one in (norms, parts, sums)] == [2, products, 4]
+    assert [one.follows for one in (norms, parts, sums)] == [False, True, True]
+    assert [one.turns for one in (norms, parts, sums)] == [0, c["PART_K"] / c["BLOCK_K"], 0]
+    row, values = 4096 * 2, 1024 + 256 + 64
+    written = c["PARTS"] * 2 * values * 4
+    assert norms.num_bytes == 2 * 5 * row + 2 * 4 * 4 + 2 * 2 * row + row + 2 * row  # with shares and a weight
+    assert parts.num_bytes == 2 * row + values * (4096 + 4) + written
+    entries, angles, tickets = 2 * 320 * 2, 2 * 2 * 32 * 4, 12
+    assert sums.num_bytes == written + (1024 + 256) * 2 + angles + entries + 2 * 8 + 2 * 1024 * 2 + tickets
+    alone = sum(
+        sum(roofs.seconds(DATA_SHEETS["h200"], replace(one, follows=False)).values())
+        for one in (norms, parts, sums)
+    )
+    together = sum(sum(roofs.seconds(DATA_SHEETS["h200"], one).values()) for one in (norms, parts, sums))
+    assert together == pytest.approx(alone - 2 * roofs.NODE_S)
+    assert sum(one.code.outside.issued for one in (norms, parts, sums)) == pytest.approx(300)
+
+
+@pytest.mark.parametrize(("context", "rounds"), [(200, 1), (1000, 4), (4096, 8), (20_000, 4)])
+def test_a_program_that_walks_over_parts_runs_what_is_around_its_loop_for_each(context: int, rounds: int) -> None:
+    """Parts of 256 tokens, beyond 4,096 of 1,024; with few sequences each part has a program."""
+    for sequences, walked in ((128, rounds), (1, 1)):
+        size = Size(name="any", sequences=sequences, rows_each=1, context=context)
+        (call,) = predicted.as_called("mla_values", SMALL4, size, "fp8")
+        seen = next(
+            one for one in predicted.launches("mla_values", call.arguments) if one.kernel.name == "mla_attend"
+        )
+        line = {
+            "warps": 4,
+            "registers": 240,
+            "shared_bytes": 102_400,
+            "stages": 2,
+            "loops": True,
+            "units": 64,
+            "turn": {"classes": {"FP32": 800, "MMA": 24}, "mma": {}},
+            "outside": {"ALU": 3000},
+            "around": {"ALU": 1800},
+        }
+        (found,) = predicted.to_price(call, seen, {digest(seen.kernel): line})
+        assert found.code.outside.issued == 3000 + (walked - 1) * 1800
 
 
 def test_empty_rows_of_a_tile_cost_as_much_as_full_ones() -> None:
     call = _call("expert_mlp", 256, "fp8")
     up = predicted.launches("expert_mlp", call.arguments)[0]
-    few, many = (predicted.PARTS["expert_gate_up"](replace(call, size=size), up) for size in _sizes(128, 1024))
+    few, many = (predicted.PARTS["expert_gate_up"](replace(call, size=size), up) for size in _sizes(128, 256))
     assert few.units == many.units == 2 * 64 * 4096
     assert few.programs is not None
     assert many.programs is not None
-    assert few.programs <= many.programs < 1.2 * few.programs  # 4 rows an expert or 32: a tile of 64 either way
+    assert few.programs <= many.programs < 1.2 * few.programs  # 4 rows an expert or 8: a tile of 16 either way
 
 
 def _sizes(*rows: int) -> list[Size]:

@@ -43,7 +43,7 @@ def test_the_most_valuable_comes_first_and_nothing_is_missing() -> None:
     assert not [cell for subject, cell in first if "mxfp4" in cell or (" x " in cell and subject != "widths")]
     operations = list(dict.fromkeys(cell.split(",")[0] for subject, cell in first if subject == "conformance"))
     assert operations == [one for one in runs.ORDER if one in operations]
-    assert operations[0] == "expert_mlp"
+    assert operations[0] == "expert_terms"
     assert cells[-1][0] == "torch", "what is not ours comes last"
     assert not [cell for subject, cell in cells if subject == "torch" and "gpt-oss" in cell], "SDPA has no sinks"
 

@@ -91,7 +91,7 @@ def test_steps_beside_the_longest_prompt_take_as_long_as_the_target(profile: str
     assert now.prefill_s < 1.05 * before.prefill_s
     assert before.quarters_s[-1] > 1.5 * before.quarters_s[0]
     assert now.largest >= before.largest
-    assert now.smallest < before.smallest
+    assert now.smallest < 0.8 * now.largest  # chunks shrink as the context grows
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def test_several_cards_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path
     assert text.startswith("planned, not measured: small4, 512/32@8; experts as if chosen at random")
     lines = {label: cells for label, *cells in (re.split(r" {2,}", line) for line in text.splitlines())}
     assert lines["shares of the device"] == 2 * ["predicted from the machine code of Triton 3.6.0"]
-    assert re.match(r"conversions of expert_mlp fp8, \d+%$", lines["limited by"][0])
+    assert re.match(r"memory of expert_terms fp8, \d+%$", lines["limited by"][0])
     assert lines["fits"] == ["yes", "no"]
     assert "h100: cannot run: the GPU has 74.5 GiB free; weights in fp8 take 112.9 GiB" in text
     h200, h100 = json.loads(report.read_text())["results"]

@@ -49,7 +49,7 @@ CASES = [  # model, device, workload, options, preemptions are expected
     ("small4", "h200", "300/40@80", FP8 | {"budget_tokens": 64, "max_running": 64}, False),
     ("small3", "h100", "256/300@40", FP8 | {"kv_cache_gib": 2.0}, True),
     ("small3", "h100", "256/300@40", FP8 | {"kv_cache_gib": 2.0, "prefix_caching": False}, True),
-    ("small3", "4xh100", "1024/100@60", {"kv_cache_gib": 6.0}, True),
+    ("small3", "4xh100", "1024/100@60", {"kv_cache_gib": 4.0}, True),
     ("small3", "h200", "2048/64@100", NVFP4 | FP8, False),
     ("small3", "h200", "16/1500@64", FP8, False),  # contexts that grow in one long stretch
     ("small4", "h200", "512/64@8/s", NVFP4, False),
@@ -243,7 +243,7 @@ def test_what_limits() -> None:
     config = _config("small4", "h200", NVFP4)
     assert forecast(config, parse_workload("16/200@8"), device=stated("h200")).limit == "memory"
     assert forecast(config, parse_workload("30000/1@8"), device=stated("h200")).limit == "arithmetic"
-    assert forecast(config, parse_workload("16/200@8")).roof.startswith("issue of expert_mlp nvfp4, ")
+    assert forecast(config, parse_workload("16/200@8")).roof.startswith("issue of expert_terms nvfp4, ")
     few = _config("small4", "h200", NVFP4 | {"max_running": 4})
     found = forecast(few, parse_workload("100/50@12"))
     assert (found.max_running_reached, found.kv_room_reached, found.most_running) == (True, False, 4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cierzo.cache.layout import GIB
-from cierzo.engine import config, host
+from cierzo.engine import config, environment, host
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.errors import ConfigError
 from cierzo.engine.frontend.config import FrontendConfig
@@ -35,7 +35,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("max_model_len", 131_073, "at most 131072"),
     *(("kv_cache_gib", value, NUMBER) for value in (0.0, -1.0, -1, NAN, INF, "1", True, [1])),
     ("kv_cache_gib", 1e-7, "at least 0.0000916"),
-    *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, None, "auto")),
+    *(("block_tokens", value, COUNT) for value in (0, -4, 2**70, "auto")),
     *(("budget_tokens", value, COUNT) for value in (0, 2**31, 1.5)),
     *(("max_chunk_tokens", value, COUNT) for value in (0, "all")),
     *(("max_step_ms", value, "a finite number from 0 to 1000000000.0") for value in (-1.0, 1e10, float("nan"))),
@@ -126,7 +126,7 @@ def test_no_more_may_run_than_a_step_has_tokens(checkpoint: str) -> None:
 def test_a_cache_of_one_byte_is_in_the_format_that_the_device_has_kernels_for(checkpoint: str) -> None:
     for device, right, wrong in (("cpu", "int8", "fp8"), ("cuda", "fp8", "int8")):
         options: dict[str, Any] = {"model": checkpoint, "device": device, "instruction_set": "auto"}
-        if config.default_instruction_set() != "reference" or device == "cuda":
+        if environment.default_instruction_set() != "reference" or device == "cuda":
             with pytest.raises(ConfigError, match=rf"\({wrong} has no kernels on a [CG]PU\)") as caught:
                 resolve(EngineOptions(**options, kv_dtype=wrong))
             found = (caught.value.field, caught.value.limit, caught.value.value)
@@ -145,7 +145,7 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
     assert resolved(device="cuda", weights="fp8").activations == "bf16"
     whole = resolved(device="cuda", weights="fp8", activations="fp8")
     assert whole.activations == "fp8"
-    assert "weights fp8, activations fp8, KV cache bfloat16" in whole.describe()
+    assert "weights fp8, activations fp8, head bf16, KV cache bfloat16" in whole.describe()
     refused: tuple[tuple[dict[str, Any], str, str], ...] = (
         ({"activations": "fp8"}, "auto or bf16", "device cuda, not cpu"),
         ({"activations": "fp8", "device": "cpu", "weights": "int8"}, "auto or bf16", "device cuda, not cpu"),
@@ -159,6 +159,19 @@ def test_activations_in_fp8_need_a_gpu_and_weights_in_fp8(checkpoint: str) -> No
         with pytest.raises(ConfigError, match=told) as caught:
             resolved(**options)
         assert (caught.value.field, caught.value.limit, caught.value.value) == ("activations", limit, value)
+
+
+def test_a_head_in_fp8_needs_a_gpu(checkpoint: str) -> None:
+    def head(**options: Any) -> str:
+        return resolve(EngineOptions(model=checkpoint, **options)).head
+
+    assert [head(), head(weights="int4"), head(dtype="float32")] == ["bf16", "int8", "float32"]
+    assert [head(device="cuda", weights=one) for one in ("auto", "fp8", "nvfp4")] == ["bf16"] * 3
+    assert [head(device="cuda", weights=one, head="fp8") for one in ("auto", "fp8", "nvfp4")] == ["fp8"] * 3
+    told = r"head must be auto \(fp8 has no kernels on a CPU\), got 'fp8'"
+    with pytest.raises(ConfigError, match=told) as caught:
+        head(head="fp8")
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("head", "auto", "fp8")
 
 
 def test_a_length_that_does_not_fit_is_refused_with_the_numbers(checkpoint: str) -> None:
@@ -204,7 +217,7 @@ def test_the_front_end_admits_what_the_queue_takes(checkpoint: str) -> None:
 def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIERZO_CACHEDIR", "/x")
     with pytest.raises(ConfigError, match="CIERZO_CACHEDIR") as caught:
-        config.check_environment()
+        environment.check_environment()
     assert caught.value.limit == "CIERZO_CACHE_DIR, CIERZO_INSTRUCTION_SET, CIERZO_NATIVE"
     assert (caught.value.field, caught.value.value) == ("CIERZO_CACHEDIR", "/x")
 
@@ -212,16 +225,16 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CIERZO_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert config.cache_dir() == tmp_path / "cierzo"
+    assert environment.cache_dir() == tmp_path / "cierzo"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification has ignored
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert config.cache_dir() == tmp_path / ".cache" / "cierzo"
+    assert environment.cache_dir() == tmp_path / ".cache" / "cierzo"
     monkeypatch.setenv("CIERZO_CACHE_DIR", "/some/where")
-    assert config.cache_dir() == Path("/some/where")
+    assert environment.cache_dir() == Path("/some/where")
     for wrong in ("relative", "", "~/cache"):
         monkeypatch.setenv("CIERZO_CACHE_DIR", wrong)
         with pytest.raises(ConfigError, match="CIERZO_CACHE_DIR must be an absolute path, got") as caught:
-            config.check_environment()  # by every command
+            environment.check_environment()  # by every command
         assert (caught.value.field, caught.value.value) == ("CIERZO_CACHE_DIR", wrong)
 
 
@@ -230,8 +243,8 @@ def test_a_user_without_a_home_folder_has_to_name_one(monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(ConfigError, match=r"CIERZO_CACHE_DIR must be set \(this user has no home folder\)"):
-        config.cache_dir()
-    config.check_environment()  # most commands keep nothing there
+        environment.cache_dir()
+    environment.check_environment()  # most commands keep nothing there
 
 
 def _escaped(text: str | None) -> str:
@@ -259,10 +272,10 @@ def test_no_request_may_ask_for_more_samples_than_can_wait(checkpoint: str) -> N
 
 def test_threads_spin_briefly_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    config.spin_briefly()
+    environment.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "5000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    config.spin_briefly()
+    environment.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 

@@ -194,27 +194,27 @@ def test_the_step_that_is_recorded_first_holds_the_most(on_meta: Callable[..., A
     )
     graphs.record_all(torch.empty(32, 4096, dtype=torch.int32, device=META), None)
     assert len(peaks) == len(graphs) > 20
-    assert peaks[0] == max(peaks) > 4 * min(peaks)
+    assert 1.25 * peaks[0] > max(peaks) > 2 * min(peaks)  # some smaller ones have a program for each part
 
 
 def test_constants_of_kernels_are_the_kernels_own() -> None:
-    ours = Splits(device_memory.SHORT, device_memory.SHORTS, device_memory.LONG)
-    assert (ours, device_memory.ROWS, device_memory.PARTIAL_BYTES) == (
-        split.SPLITS,
-        split.ROWS,
-        split.PARTIAL_BYTES,
-    )
+    walked = Splits(*device_memory.WALKED, walked=split.WALKED.walked)
+    assert (Splits(*device_memory.CUT), walked) == (split.SPLITS, split.WALKED)
+    assert Splits(*device_memory.APART, joined=split.WALKED.walked) == walked.apart()
+    ours = device_memory.ROWS, device_memory.PROGRAMS, device_memory.PARTIAL_BYTES
+    assert ours == (split.ROWS, split.PROGRAMS, split.PARTIAL_BYTES)
     assert device_memory.WORKSPACE_TOKENS == flash.WORKSPACE_TOKENS
     assert device_memory.SCORED_ROWS == scoring.BLOCK_ROWS
 
 
 def test_recorded_steps_of_many_sequences_leave_less_to_the_cache(tmp_path: Path) -> None:
     model = full(tmp_path, "small3")
-    few, many = (StepLimits(8192, 512, number, 131_072) for number in (0, 512))
+    few, many = (StepLimits(8192, 1024, number, 131_072) for number in (0, 1024))
     rooms = [device_memory.kv_room_bytes(model, "fp8", H200, limits, 163_840) for limits in (few, many)]
     assert rooms[0] - rooms[1] > 1 << 30
-    replayed = device_memory.replayed_bytes(model, 512, 1_000_000, 131_072)
-    assert replayed > 2 << 30
+    replayed = device_memory.replayed_bytes(model, 1024, 1_000_000, 131_072)
+    assert replayed > 1 << 30
     assert device_memory.workspace_bytes(model, many, 1_000_000) > 2 * replayed  # each is run before it is recorded
-    logits = 4 * 4 * 2048 * model.vocab_size  # more than any step's tensors
-    assert device_memory.workspace_bytes(model, StepLimits(1024, 2048, 0, 4096), 0) == logits
+    sampled = 4 * 4 * 2048 * model.vocab_size + device_memory.drawn_bytes(2048, model.vocab_size)
+    # more than any step's tensors
+    assert device_memory.workspace_bytes(model, StepLimits(1024, 2048, 0, 4096), 0) == sampled

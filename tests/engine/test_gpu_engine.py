@@ -103,10 +103,17 @@ def test_tokens_are_the_same_alone_and_in_company(
             assert {sum(counts) for counts in statistics.expert_tokens} == {statistics.tokens * statistics.top_k}
 
 
+def test_a_head_in_fp8_gives_the_same_tokens_alone_and_in_company(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "small3", "hf")
+    model = load(config, "bf16", "bf16", head="fp8")
+    together = run(config, model, (0, 1, 2), whole=True)
+    assert run(config, model, (1,), whole=False)[1] == together[1]
+
+
 def test_recorded_steps_read_a_cached_prefix_once_and_give_the_same_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(split, "SPLITS", Splits(32, 4, 64))
+    monkeypatch.setattr(split, "WALKED", Splits(128, 1, 128, walked=(4, 2)))
     shared: list[int] = []
 
     def seen(*arguments: Any) -> prefix.Prefixes | None:

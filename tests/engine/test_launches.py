@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import cuda_on_cpu
@@ -42,7 +43,7 @@ from cierzo.kernels.cuda.launch.launcher import backend
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ops.attention import PagedQueries
 from cierzo.kernels.ops.block import DecoderWeights, StepRows
-from cierzo.kernels.triton import flash, heuristics, linear, split
+from cierzo.kernels.triton import flash, heuristics, split
 from cierzo.kernels.triton.launch import Configuration, Launch, dry_run
 from cierzo.kernels.triton.split import Splits
 from cierzo.scheduler.params import SamplingParams
@@ -67,6 +68,7 @@ class Prepared:
         self.strangers: set[str] = set()
         self.launched: set[str] = set()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(warm.widths, "settle", lambda *_: None)
         monkeypatch.setattr(warm.compiling, "missing", lambda configurations: configurations[1:])
         monkeypatch.setattr(warm.compiling, "compile_all", self._compile_all)
         monkeypatch.setattr(warm.compiling, "load", lambda one: self.loaded.append(one.key))
@@ -174,7 +176,8 @@ def test_kernels_compile_while_the_weights_load(tmp_path: Path, monkeypatch: pyt
     on_cpu = {"device": CPU, "dtype": torch.bfloat16}
     monkeypatch.setattr(warm.compiling, "compile_all", begin)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(linear, "multiprocessors", lambda device: heuristics.MULTIPROCESSORS)
+    card = SimpleNamespace(multi_processor_count=heuristics.MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(runner_module, "DeviceMatrices", lambda *named: Loading(named[0], named[1], CPU, named[3]))
     monkeypatch.setattr(runner_module, "build_model", lambda *given, **named: build_model(*given, **named | on_cpu))
     monkeypatch.setattr(runner_module, "make_pool", lambda config: KVPool(config.layout, 2, CPU))
@@ -188,12 +191,8 @@ def test_kernels_compile_while_the_weights_load(tmp_path: Path, monkeypatch: pyt
     assert len(prepared.loaded) > 20
 
 
-def set_thresholds(
-    monkeypatch: pytest.MonkeyPatch, *, few: int, apart: int, described: int, workspace: int
-) -> None:
+def set_thresholds(monkeypatch: pytest.MonkeyPatch, *, apart: int, described: int, workspace: int) -> None:
     """Numbers of tokens at which kernels choose another form."""
-    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
-    monkeypatch.setattr(heuristics, "FEW_TOKENS", few)
     monkeypatch.setattr(heuristics, "APART_TOKENS", apart)
     monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", described)
     monkeypatch.setattr(flash, "WORKSPACE_TOKENS", workspace)
@@ -209,9 +208,10 @@ def test_a_random_load_launches_what_was_prepared_and_records_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With thresholds so low that the load is on both sides of each."""
-    set_thresholds(monkeypatch, few=3, apart=5, described=7, workspace=64)
+    set_thresholds(monkeypatch, apart=5, described=7, workspace=64)
     monkeypatch.setattr(moe, "MOST_ALONE", 9)
     monkeypatch.setattr(split, "SPLITS", Splits(32, 4, 64))
+    monkeypatch.setattr(split, "WALKED", Splits(64, 2, 128, walked=(2, 2)))
     config = make_config(
         tmp_path, like, checkpoint_format, prefix_caching=True, max_running=MAX_RUNNING, kv_cache_gib=0.0002
     )
@@ -242,13 +242,13 @@ def test_a_random_load_launches_what_was_prepared_and_records_nothing(
 
 @pytest.mark.parametrize(
     ("name", "weights", "thresholds"),
-    [("small4", "nvfp4", (37, 9, 61, 16_384)), ("small3", "fp8", (7, 53, 50, 256))],
+    [("small4", "nvfp4", (9, 61, 16_384)), ("small3", "fp8", (53, 50, 256))],
 )
 def test_numbers_that_tell_find_what_all_numbers_find(
     name: str, weights: str, thresholds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few, apart, described, workspace = thresholds
-    set_thresholds(monkeypatch, few=few, apart=apart, described=described, workspace=workspace)
+    apart, described, workspace = thresholds
+    set_thresholds(monkeypatch, apart=apart, described=described, workspace=workspace)
     config = full(monkeypatch, name, weights, layers=2, max_model_len=400)
     model = served.make_model(config, META)
     found = {one.key for one in launches.launches(config, model.weights).configurations}
@@ -287,7 +287,7 @@ def test_steps_drawn_at_random_launch_what_is_in_the_list(
     name: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any segments, contexts and logits, with thresholds that they lie on both sides of."""
-    set_thresholds(monkeypatch, few=6, apart=11, described=21, workspace=512)
+    set_thresholds(monkeypatch, apart=11, described=21, workspace=512)
     config = full(monkeypatch, name, weights, layers=2, max_model_len=9000, max_running=7)
     weights_read = served.make_model(config, META).weights
     found = launches.launches(config, weights_read)
@@ -343,13 +343,14 @@ def test_every_form_of_a_step_is_in_the_list_of_the_published_model(monkeypatch:
         for constant, value in one.constants.items():
             values.setdefault((one.name, constant), set()).add(value)
     assert values["flash", "CARRIED"] == {False, True}  # a prompt in one round, and in several
-    assert values["mla_attend", "TOGETHER"] == values["combine", "TOGETHER"] == {1, 2}  # one sequence, and more
+    assert values["mla_attend", "TOGETHER"] == values["values", "TOGETHER"] == {2}  # also of one sequence
+    assert values["mla_attend", "SHORT"] == values["values", "SHORT"] == {256, 2048}  # few sequences, and many
     assert values["linear", "APART"] == {False, True}
     assert values["apply_rope", "SCALED"] == {False, True}  # contexts beyond the original positions
-    assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw"} < {
+    assert {"route_choose", "count_by_expert", "group_by_expert", "sample_draw_choose"} < {
         one.name for one in found.kernels
     }
-    assert len(found.configurations) == len({one.key for one in found.configurations}) < 50
+    assert len(found.configurations) == len({one.key for one in found.configurations}) < 80
     two = full(monkeypatch, "small4", "fp8", layers=2, **options)
     of_two = launches.launches(two, served.make_model(two, META).weights)
     assert {one.key for one in of_two.configurations} == {one.key for one in found.configurations}
@@ -391,10 +392,10 @@ def test_parameters_tell_what_weights_do(
 
 
 def test_numbers_tell_both_sides_of_each_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_thresholds(monkeypatch, few=20, apart=41, described=60, workspace=64)
+    set_thresholds(monkeypatch, apart=41, described=60, workspace=64)
     assert launches.telling(1) == [1]
     assert launches.telling(7) == [1, 2, 3, 4, 5, 7]
-    assert launches.telling(59) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 20, 21, 32, 33, 41, 42, 59]
+    assert launches.telling(59) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 41, 42, 59]
     assert launches.telling(64)[-4:] == [42, 59, 60, 64]
 
 

@@ -162,7 +162,7 @@ def test_words_that_are_refused(annotation: Any, word: str, limit: str) -> None:
         ({"threads": 100_000}, "threads", "an integer from 1 to 1024", "100000"),
         ({"dtype": "float16"}, "dtype", "one of auto, bfloat16, float32", "float16"),
         ({"kv_cache_gib": "1"}, "kv_cache_gib", "a finite number above 0", "1"),
-        ({"thread": 2}, "thread", "one of threads, pin_threads", "2"),
+        ({"thread": 2}, "thread", "one of threads, head, pin_threads", "2"),
         ({"frontend": FrontendConfig(max_samples=0)}, "frontend.max_samples", "an integer of at least 1", "0"),
         ({"frontend": {"max_samples": 0}}, "frontend.max_samples", "an integer of at least 1", "0"),
         ({"kernels": {"instruction_set": "sse"}}, "kernels.instruction_set", None, "sse"),

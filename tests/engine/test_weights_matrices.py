@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from loading import load
+from meta_memory import peak_bytes
 from published import SMALL4, Published
 from torch import Tensor
 
 from cierzo.engine.errors import CheckpointError
 from cierzo.engine.parameters import MatrixRequest, above_each_other
 from cierzo.engine.weights.matrices import DeviceMatrices
+from cierzo.engine.weights.quantised import StoredParameter
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise
+from cierzo.kernels.formats.packed import Matrix
 
 CPU = torch.device("cpu")
 LAYER = "model.layers.1."
@@ -117,3 +121,20 @@ def test_a_scale_that_is_none_is_refused_by_name(tmp_path: Path, wrong: float) -
     matrix(tmp_path, model, "self_attn.o_proj.weight", activations="bf16")  # what is not used is not looked at
     with pytest.raises(CheckpointError, match=r"o_proj\.weight: fp8: an activation scale is not in 2\^-100"):
         matrix(tmp_path, model, "self_attn.o_proj.weight")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_codes_of_all_experts_are_held_once(tmp_path: Path, kept: bool) -> None:
+    """Each is put into the order of the kernels before the next one is read: kept codes, and quantised weights."""
+    parameter = load(published("hf-fp8").write(tmp_path))[LAYER + "mlp.experts.gate_up_proj"]
+    assert isinstance(parameter, StoredParameter)
+    many = replace(parameter, experts=parameter.experts * 16, dtype=torch.bfloat16)
+    weights = many if kept else torch.zeros(many.shape, dtype=torch.bfloat16)
+    source = DeviceMatrices("fp8", torch.bfloat16, torch.device("meta"))
+    found: list[Matrix] = []
+    request = MatrixRequest("many", many.shape, lambda: weights)
+    peak = peak_bytes(lambda: found.append(source.matrix(request)))
+    (whole,) = found
+    assert isinstance(whole, DeviceMatrix)
+    assert (whole.woven, whole.shape[0]) == (True, 80)
+    assert whole.num_bytes <= peak < 1.5 * whole.num_bytes

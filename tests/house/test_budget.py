@@ -9,31 +9,31 @@ import pytest
 # Folder -> lines. A file counts for the longest folder that it lies in.
 BUDGET = {
     "src": 230,
-    "engine": 5_180,
-    "engine/cost": 1_280,
+    "engine": 5_200,
+    "engine/cost": 1_500,
     "engine/frontend": 14_550,
     "engine/gateway": 6_040,
     "engine/testing": 1_050,
     "engine/model": 1_570,
     "engine/text": 5_600,
-    "engine/weights": 4_200,
+    "engine/weights": 4_240,
     "engine/worker": 5_010,
     "engine/commands": 900,
-    "kernels": 600,
+    "kernels": 630,
     "kernels/cpu": 1_630,
-    "kernels/cuda": 780,
-    "kernels/formats": 1_200,
-    "kernels/ops": 1_330,
-    "kernels/ref": 850,
-    "kernels/triton": 3_870,
+    "kernels/cuda": 950,
+    "kernels/formats": 1_340,
+    "kernels/ops": 1_750,
+    "kernels/ref": 1_010,
+    "kernels/triton": 6_120,
     "scheduler": 2_460,
     "cache": 720,
-    "bench": 9_140,
+    "bench": 10_330,
     "bench/plan": 1_510,
 }
 # Benchmarks, plans and the count of work, together.
 MEASURING = ("bench", "engine/cost")
-MEASURING_BUDGET = 11_930
+MEASURING_BUDGET = 13_330
 
 
 @pytest.fixture(scope="module")

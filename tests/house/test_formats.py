@@ -15,7 +15,7 @@ from cierzo.kernels.formats.number_formats import NUMBER_FORMATS, PACKED_FORMATS
 BLIND = ("bench.plan", "engine.cost.work", "engine.cost.step_model")
 EVERYWHERE = (
     *("kernels.formats.number_formats", "engine.profiles", "bench"),
-    *(f"kernels.triton.{name}" for name in ("heuristics", "linear", "moe", "product")),
+    *(f"kernels.triton.{name}" for name in ("four_bit", "heuristics", "linear", "moe", "product")),
 )
 CHECKPOINTS = (
     *("engine.checkpoint_format", "engine.weights.names", "engine.weights.plan", "engine.weights.published"),

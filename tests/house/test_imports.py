@@ -19,7 +19,7 @@ PARAMETERS = (
 WORKER = (
     *("kernels", "engine.model", "engine.weights", *PARAMETERS),
     *("engine.cost", "cache", "scheduler", "engine.worker"),
-    *("engine.messages", "engine.expert_statistics", "engine.config", "engine.graph_sizes"),
+    *("engine.messages", "engine.expert_statistics", "engine.config", "engine.environment", "engine.graph_sizes"),
     *("engine.signs", "engine.flight", "engine.server_process", "engine.log_lines"),
     *("engine.text.grammar_limits", "engine.text.token_table"),
 )
@@ -66,7 +66,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "kernels.formats.number_formats",
     ),
     "engine.graph_sizes": (),
+    "engine.environment": ("kernels.config", "engine.settings", "engine.errors"),
     "engine.config": (
+        "engine.environment",
         "cache.config",
         "cache.layout",
         "scheduler.config",
@@ -159,7 +161,7 @@ FORBIDDEN = {("scheduler", "cache.pool")}
 # Imports that close a circle, until they are mended: (importer, imported), as modules or as folders.
 CIRCLES = {}
 WITHOUT_TORCH = (
-    *("scheduler", "cache", "engine.frontend", "engine.messages", "engine.config"),
+    *("scheduler", "cache", "engine.frontend", "engine.messages", "engine.config", "engine.environment"),
     *("engine.cost", "engine.profiles", "engine.host", "engine.kv_room", "engine.device_memory"),
     *("engine.graph_sizes", "engine.requirements"),
     *("engine.expert_statistics", "engine.core_stats"),

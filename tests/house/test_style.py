@@ -12,7 +12,7 @@ MAX_FUNCTION_LINES = 60
 MAX_TRITON_LINES = 150
 DESCRIBED_ELSEWHERE = "kernels.cpu.abi"  # mirrors abi.h, whose comments it would repeat
 DEVICE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".hpp"}
-READS_ENVIRONMENT = "engine.config"
+READS_ENVIRONMENT = "engine.environment"
 # Openings of docstrings that are neither noun nor verb, or lack their noun (docs/architecture.md, section 12).
 BAD_OPENINGS = ("Of", "Its", "It", "One", "Their", "They", "Those", "That", "What", "Both", "The same")
 

@@ -377,6 +377,8 @@ inline T atomicAdd(T* address, U value) {
     return old;
 }
 
+inline void __threadfence() {}  // blocks run one after the other
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __float_as_int(float value) {

@@ -66,10 +66,10 @@ def make_config(folder: Path, like: str, checkpoint_format: str, **changes: Any)
     return resolve(msgspec.structs.replace(options, **changes))
 
 
-def load(config: EngineConfig, weights: str, activations: str) -> Decoder:
+def load(config: EngineConfig, weights: str, activations: str, head: str = "") -> Decoder:
     """The checkpoint's model in these formats, as a GPU holds it."""
     with CheckpointReader(Path(config.checkpoint)) as reader:
         specs = parameter_specs(config.model)
         parameters = load_parameters(reader, specs, dtype=torch.bfloat16, device="cpu")
-        matrices = DeviceMatrices(weights, torch.bfloat16, CPU, activations)
+        matrices = DeviceMatrices(weights, torch.bfloat16, CPU, activations, head)
         return build_model(config.model, parameters, device=CPU, dtype=torch.bfloat16, matrices=matrices)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 
-def ordered_product(a: Any, b: Any) -> Any:
-    """a [M,K] by b [K,N] -> [M,N]."""
-    total = np.zeros((a.shape[0], b.shape[1]), np.result_type(a, b))
+def ordered_product(a: Any, b: Any, start: Any = None) -> Any:
+    """a [M,K] by b [K,N] -> [M,N]; added to `start`, which is kept."""
+    total = np.zeros((a.shape[0], b.shape[1]), np.result_type(a, b)) if start is None else start.copy()
     with np.errstate(all="ignore"):  # infinity by 0 is NaN, and no warning, on a GPU
         for column, row in zip(a.T[:, :, None], b, strict=True):
             total += column * row

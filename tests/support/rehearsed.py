@@ -113,7 +113,7 @@ def make_toys() -> None:
     timing.SIZES = tuple(toy_size(size) for size in timing.SIZES if size.name in TIMED)
     timing.SAMPLES, timing.COPY_BYTES, calls.COLD_BYTES = 2, 1 << 24, 0
     timing.measure.__kwdefaults__["cold_bytes"] = 0
-    widths.WIDTHS, widths.FORMATS = (16, 64), ("nvfp4", "bf16")
+    widths.FORMATS = ("nvfp4", "bf16")
     widths.TOKENS = replace(widths.TOKENS, sequences=64)
     runs.SMALL4 = carried.SMALL4 = SMALL4
 

@@ -3,9 +3,10 @@
 As it is (Triton 3.6 to 3.9), bf16 and e4m3 values are integers to it: a dot or a product of them is garbage, in
 silence; a cast of fp32 to bf16 truncates; to e4m3 it misrounds, and NaN of e4m3 is read as 480. A dot's bits depend
 on the processor, and integers that overflow wrap round. Here casts go through torch's own, dots of 8- and 16-bit
-floats are computed in fp32, every dot adds its products in order, and arithmetic on bf16 or e4m3 raises, as do
-integers that overflow: kernels compute in fp32, and addresses in 64 bits. What this proves is loops, masks,
-addresses and the order of splits; the bits of an MMA's sum are the device's.
+floats are computed in fp32, every dot adds its products in order to what it is given, and arithmetic on bf16 or
+e4m3 raises, as do integers that overflow: kernels compute in fp32, and addresses in 64 bits. What this proves is
+loops, masks, addresses and the order of splits; the bits of an MMA's sum are the device's. Inline PTX runs in
+ptx.py.
 
 TRITON_INTERPRET must be set before a kernel's module is imported (tests/conftest.py does), `repair` called once.
 """
@@ -16,10 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import ptx
 import torch
 import triton.language as tl
 import triton_shortcuts
 from ordered_product import ordered_product
+from triton.language.extra import cuda
 from triton.runtime import interpreter
 
 TORCH = {
@@ -55,9 +58,20 @@ def repair() -> None:
         return original_convert(self, source, target, rounding_mode)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        return interpreter.TensorHandle(ordered_product(_floats(a), _floats(b)) + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(ordered_product(_floats(a), _floats(b), d.data), d.dtype.scalar)
+
+    def create_inline_asm(self: Any, text: str, _: str, values: Any, types: Any, __: bool, pack: int) -> Any:
+        kinds = [one.scalar for one in types]
+        found = ptx.run(text, [one.data for one in values], [_integers(kind) for kind in kinds], pack)
+        return _Results(
+            [
+                interpreter.TensorHandle(data.view(interpreter._get_np_dtype(kind)), kind)
+                for data, kind in zip(found, kinds, strict=True)
+            ]
+        )
 
     builder.cast_impl = cast_impl
+    builder.create_inline_asm = create_inline_asm
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
     for name in ("binary_op", "unary_op", "ternary_op"):
@@ -65,7 +79,23 @@ def repair() -> None:
             setattr(builder, name, _refusing(getattr(builder, name)))
     semantic: Any = interpreter.interpreter_semantic
     semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    cuda.gdc_wait = cuda.gdc_launch_dependents = lambda: None  # programs run one after the other
     triton_shortcuts.take()
+
+
+class _Results:
+    """What inline assembly returns."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self._found = found
+
+    def get_result(self, number: int) -> Any:
+        return self._found[number]
+
+
+def _integers(kind: Any) -> np.dtype[Any]:
+    """Unsigned integers as wide as a type."""
+    return np.dtype(f"u{kind.primitive_bitwidth // 8}")
 
 
 def _refuse_overflow(left: Any, right: Any, operation: Any) -> None:

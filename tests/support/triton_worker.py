@@ -27,10 +27,10 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.bench.gpu import ceilings
-from cierzo.bench.gpu.compiled import compile_all
+from cierzo.bench.gpu.compiled import compile_all, faults
 from cierzo.bench.gpu.configurations import configurations
 from cierzo.kernels.triton import compile as compiling
-from cierzo.kernels.triton.launch import POINTER, Configuration, settle
+from cierzo.kernels.triton.launch import POINTER, Configuration, take_digests
 
 DTYPES = {pointer: dtype for dtype, pointer in POINTER.items()}
 
@@ -66,7 +66,7 @@ def launched(configuration: Configuration) -> Any:
         else:
             values[name] = 0.5 if kind.startswith("fp") else 16
     driver.set_active(Launching())  # type: ignore[arg-type]
-    settle()  # as `launch` does
+    take_digests()  # as `launch` does
     return configuration.kernel.run(
         grid=(1,), warmup=True, **values, **configuration.constants, **configuration.options
     )
@@ -137,8 +137,8 @@ def main(command: str, *names: str) -> None:
         for name, configuration, compiled, error in compile_all(names):
             if compiled is None:
                 raise SystemExit(f"{name}: {error}")
-            instructions = compiled.turn.everything
-            result[name] = {"instructions": instructions, **ceilings.entry(configuration, compiled)}
+            told = {"instructions": compiled.turn.everything, "faults": faults(configuration, compiled)}
+            result[name] = {**told, **ceilings.entry(configuration, compiled)}
     print(json.dumps(result))
 
 

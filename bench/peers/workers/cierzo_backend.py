@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cierzo.engine.config import EngineOptions, resolve, spin_briefly
+from cierzo.engine.config import EngineOptions, resolve
+from cierzo.engine.environment import spin_briefly
 from cierzo.engine.messages import SamplingParams, Submit, TokenDelta
 from cierzo.engine.server_process import prepare_memory
 from cierzo.engine.worker.core import EngineCore

@@ -54,6 +54,8 @@ class CupyBackend:
         self._nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
         self._modules: dict[tuple[str, int], Any] = {}
         self._functions: dict[tuple[str, int], Any] = {}
+        # CuPy's objects for a device and one of its streams
+        self._places: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def run(
         self,
@@ -66,9 +68,9 @@ class CupyBackend:
     ) -> None:
         """See Backend."""
         index = torch.cuda.current_device() if device.index is None else device.index
-        stream = torch.cuda.current_stream(index).cuda_stream
         try:
-            with self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index):
+            place, stream = self._place(index, _stream_of(index))
+            with place, stream:
                 self._function(kernel, index)(grid, (threads, 1, 1), tuple(values), shared_mem=shared_bytes)
         except (self._cupy.cuda.driver.CUDADriverError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
             if not is_device_error(error):
@@ -87,6 +89,12 @@ class CupyBackend:
                 self._load(source, index, cubin)
             for kernel in kernels:
                 self._function(kernel, index)
+
+    def _place(self, index: int, stream: int) -> tuple[Any, Any]:
+        key = (index, stream)
+        if key not in self._places:
+            self._places[key] = self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index)
+        return self._places[key]
 
     def _function(self, kernel: Kernel, index: int) -> Any:
         key, at = (kernel.name, index), (kernel.source, index)
@@ -125,6 +133,12 @@ class CupyBackend:
         finally:
             self._nvrtc.destroyProgram(made)
         return cubin
+
+
+def _stream_of(index: int) -> int:
+    """Handle of torch's current stream, as Triton asks for it: without a Stream object, which takes longer."""
+    found = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return int(torch.cuda.current_stream(index).cuda_stream if found is None else found(index))
 
 
 def _architecture(index: int) -> str:

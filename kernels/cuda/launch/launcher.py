@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,11 @@ _LIMITS = {"i32": 1 << 31, "i64": 1 << 63}
 MOST_GRID = (2**31 - 1, 65535, 65535)
 MOST_THREADS = 1024
 MOST_SHARED_BYTES = 48 << 10  # of a block, without a request to the driver for more
+_NULL = np.uint64(0)
+# Sizes, and addresses of what stays, come again with every launch: looked up they take half the time.
+_KNOWN = 4096
+_address = lru_cache(_KNOWN)(np.uint64)
+_WHOLE = {kind: lru_cache(_KNOWN)(SCALARS[kind]) for kind in _LIMITS}
 
 
 class Backend(Protocol):
@@ -78,23 +84,24 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
     or a grid past its limit; LaunchError for a source that does not compile; DeviceFault for a CUDA error, which
     may stem from an earlier launch.
     """
-    x, y, z, *_ = (*grid, 1, 1, 1)
+    x, y, z, *_ = (*grid, 1, 1)
     blocks = (x, y, z)
-    if 0 in blocks:
+    if x == 0 or y == 0 or z == 0:
         return
-    for axis, (size, limit) in enumerate(zip(blocks, MOST_GRID, strict=True)):
-        _require(kernel, size <= limit, f"grid[{axis}] is {size}, at most {limit}")
-    _require(kernel, 0 < threads <= MOST_THREADS, f"threads is {threads}, must be 1 .. {MOST_THREADS}")
-    _require(
-        kernel, shared_bytes <= MOST_SHARED_BYTES, f"shared_bytes is {shared_bytes}, at most {MOST_SHARED_BYTES}"
-    )
-    _require(kernel, set(arguments) == set(kernel.types), f"takes {', '.join(kernel.types)}, got {[*arguments]}")
+    if x > MOST_GRID[0] or y > MOST_GRID[1] or z > MOST_GRID[2]:
+        axis = next(axis for axis in range(3) if blocks[axis] > MOST_GRID[axis])
+        raise _refusal(kernel, f"grid[{axis}] is {blocks[axis]}, at most {MOST_GRID[axis]}")
+    if not 0 < threads <= MOST_THREADS:
+        raise _refusal(kernel, f"threads is {threads}, must be 1 .. {MOST_THREADS}")
+    if shared_bytes > MOST_SHARED_BYTES:
+        raise _refusal(kernel, f"shared_bytes is {shared_bytes}, at most {MOST_SHARED_BYTES}")
+    if arguments.keys() != kernel.types.keys():
+        raise _refusal(kernel, f"takes {', '.join(kernel.types)}, got {[*arguments]}")
     runner = backend()
-    device = _device_of(kernel, arguments, runner.device_type)
-    values = [_value(kernel, name, kind, arguments[name]) for name, kind in kernel.types.items()]
+    device, values = _taken(kernel, arguments, runner.device_type)
     note(kernel.name)
     try:
-        runner.run(kernel, device, blocks, threads, shared_bytes, values)
+        runner.run(kernel, device, (x, y, z), threads, shared_bytes, values)
     except (DeviceFault, LaunchError) as error:
         shape = f"grid {blocks}, {threads} threads, {shared_bytes} bytes shared"
         call = f"{kernel.source}: {described(kernel.name, arguments)}, {shape}"
@@ -103,32 +110,39 @@ def launch(kernel: Kernel, *, grid: Sequence[int], threads: int, shared_bytes: i
         ) from error
 
 
-def _device_of(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> torch.device:
+def _taken(kernel: Kernel, arguments: Mapping[str, Any], kind: str) -> tuple[torch.device, list[np.generic]]:
+    """The device of the tensors, and what the kernel is passed: addresses and numbers."""
     device: torch.device | None = None
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor) or (kind == "cuda" and value.device.type == "cpu" and value.is_pinned()):
+    values: list[np.generic] = []
+    for name, dtype, number, limit in _parameters(kernel):
+        value = arguments[name]
+        if dtype is None:
+            if limit is not None and not -limit <= value < limit:
+                raise _refusal(kernel, f"{name} is {value}, more than {kernel.types[name]} holds")
+            values.append(number(value))
             continue
-        _require(kernel, value.device.type == kind, f"{name} is on {value.device}, the kernel runs on {kind}")
-        if device is not None:
-            _require(kernel, value.device == device, f"{name} is on {value.device}, not on {device}")
-        device = value.device
-    return device or torch.device(kind)
-
-
-def _value(kernel: Kernel, name: str, kind: str, value: Any) -> np.generic:
-    """Value of an argument as passed to the kernel: an address or a number."""
-    if kind in POINTERS:
         if value is None:
-            return np.uint64(0)
-        right = isinstance(value, Tensor) and value.dtype == POINTERS[kind]
-        _require(kernel, right, f"{name} must be a tensor of {POINTERS[kind]}, is {shown(value)}")
-        return np.uint64(value.data_ptr())
-    limit = _LIMITS.get(kind)
-    if limit is not None:
-        _require(kernel, -limit <= value < limit, f"{name} is {value}, more than {kind} holds")
-    return SCALARS[kind](value)
+            values.append(_NULL)
+            continue
+        if not isinstance(value, Tensor) or value.dtype is not dtype:
+            raise _refusal(kernel, f"{name} must be a tensor of {dtype}, is {shown(value)}")
+        found = value.device
+        if found != device and not (kind == "cuda" and found.type == "cpu" and value.is_pinned()):
+            if found.type != kind:
+                raise _refusal(kernel, f"{name} is on {found}, the kernel runs on {kind}")
+            if device is not None:
+                raise _refusal(kernel, f"{name} is on {found}, not on {device}")
+            device = found
+        values.append(_address(value.data_ptr()))
+    return device or torch.device(kind), values
 
 
-def _require(kernel: Kernel, holds: bool, message: str) -> None:
-    if not holds:
-        raise ArgumentError(f"{kernel.name}: {message}")
+@cache
+def _parameters(kernel: Kernel) -> list[tuple[str, torch.dtype | None, Any, int | None]]:
+    """Each parameter's name, a pointer's dtype, a number's type, and a bound of whole numbers."""
+    numbers = SCALARS | _WHOLE
+    return [(name, POINTERS.get(kind), numbers.get(kind), _LIMITS.get(kind)) for name, kind in kernel.types.items()]
+
+
+def _refusal(kernel: Kernel, message: str) -> ArgumentError:
+    return ArgumentError(f"{kernel.name}: {message}")

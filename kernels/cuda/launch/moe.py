@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,36 @@ _CHOOSE = Kernel(
         "scale": "f32",
     },
 )
+_GROUPS = {
+    (x, weight): Kernel(
+        "route.cu",
+        f"route_groups_{x}_{weight}",
+        {
+            "x": f"*{x}",
+            "x_stride": "i64",
+            "x_aligned": "i32",
+            "weight": f"*{weight}",
+            "weight_stride": "i64",
+            "weight_aligned": "i32",
+            "logits": "*f32",
+            "ids": "*i64",
+            "weights": "*f32",
+            "order": "*i64",
+            "starts": "*i64",
+            "tickets": "*i32",
+            **dict.fromkeys(("rows", "width", "experts", "top_k", "groups", "top_groups", "renormalise"), "i32"),
+            "scale": "f32",
+        },
+    )
+    for x in _KINDS.values()
+    for weight in _KINDS.values()
+}
 _SIZES = {"pairs": "i32", "each": "i32", "experts": "i32"}
 _COUNT = Kernel("route.cu", "count_by_expert", {"ids": "*i64", "counts": "*i32", **_SIZES})
 _GROUP = Kernel(
     "route.cu", "group_by_expert", {"ids": "*i64", "counts": "*i32", "order": "*i64", "starts": "*i64", **_SIZES}
 )
-KERNELS = (*_LOGITS.values(), _CHOOSE, _COUNT, _GROUP)
+KERNELS = (*_LOGITS.values(), *_GROUPS.values(), _CHOOSE, _COUNT, _GROUP)
 
 
 def route(
@@ -73,15 +99,8 @@ def route(
     ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ops/moe.py. At most 256 experts; x and weight fp32 or bf16. Two launches: logits, choice."""
-    if not isinstance(weight, Tensor):
-        require("route", False, "weight is packed for the CPU")
-        raise AssertionError
-    for name, value in (("x", x), ("weight", weight)):
-        require("route", value.dtype in _KINDS, f"{name} must be float32 or bfloat16, has dtype {value.dtype}")
-    experts = weight.shape[0]
-    require("route", experts <= MOST_EXPERTS, f"weight has {experts} experts, at most {MOST_EXPERTS}")
-    require("route", top_k <= MOST_TOP_K, f"top_k is {top_k}, at most {MOST_TOP_K}")
-    rows = x.shape[0]
+    weight = _checked(x, weight, top_k)
+    rows, experts = x.shape[0], weight.shape[0]
     logits = _logits(x, weight)
     if ids is None:
         ids = torch.empty((rows, top_k), dtype=torch.int64, device=x.device)
@@ -104,14 +123,90 @@ def route(
     return ids, weights
 
 
+def route_groups(
+    x: Tensor,
+    weight: Matrix,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    renormalise: bool,
+    scale: float,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ops/moe.py. One launch for fewer than WIDE_ROWS rows, with the bits of `route` and `group_by_expert`."""
+    rows = x.shape[0]
+    if not 0 < rows < WIDE_ROWS:
+        ids, weights = route(x, weight, top_k, groups, top_groups, renormalise, scale, ids)
+        return ids, weights, *group_by_expert(ids, weight.shape[0])
+    weight = _checked(x, weight, top_k)
+    x, weight = _contiguous(x), _contiguous(weight)
+    experts, width = weight.shape
+    if ids is None:
+        ids = x.new_empty(rows, top_k, dtype=torch.int64)
+    weights = x.new_empty(rows, top_k, dtype=torch.float32)
+    order = x.new_empty(rows * top_k, dtype=torch.int64)
+    starts = x.new_empty(experts + 1, dtype=torch.int64)
+    launch(
+        _GROUPS[_KINDS[x.dtype], _KINDS[weight.dtype]],
+        grid=(divide_up(rows, _ROWS), divide_up(experts, _WARPS)),
+        threads=_WARPS * _WARP,
+        shared_bytes=4 * (_WARPS + 1) * experts,
+        x=x,
+        x_stride=x.stride(0),
+        x_aligned=is_aligned(x, 4),
+        weight=weight,
+        weight_stride=weight.stride(0),
+        weight_aligned=is_aligned(weight, 4),
+        logits=x.new_empty(rows, experts, dtype=torch.float32),
+        ids=ids,
+        weights=weights,
+        order=order,
+        starts=starts,
+        tickets=_tickets(x.device),
+        rows=rows,
+        width=width,
+        experts=experts,
+        top_k=top_k,
+        groups=groups,
+        top_groups=top_groups,
+        renormalise=renormalise,
+        scale=scale,
+    )
+    return ids, weights, order, starts
+
+
+@cache
+def _tickets(device: torch.device) -> Tensor:
+    """Counters of a device, by which blocks of a launch know that they are the last: zeros between launches, which
+    follow one another on one stream."""
+    return torch.zeros(divide_up(WIDE_ROWS, _ROWS) + 1, dtype=torch.int32, device=device)
+
+
+def _contiguous(matrix: Tensor) -> Tensor:
+    """The matrix, a row's values side by side."""
+    return matrix.contiguous() if matrix.shape[1] and matrix.stride(1) != 1 else matrix
+
+
+def _checked(x: Tensor, weight: Matrix, top_k: int) -> Tensor:
+    """The router's matrix. Raises ArgumentError for what the kernels do not take."""
+    if not isinstance(weight, Tensor):
+        require("route", False, "weight is packed for the CPU")
+        raise AssertionError
+    for name, value in (("x", x), ("weight", weight)):
+        if value.dtype not in _KINDS:
+            require("route", False, f"{name} must be float32 or bfloat16, has dtype {value.dtype}")
+    experts = weight.shape[0]
+    if experts > MOST_EXPERTS or top_k > MOST_TOP_K:
+        require("route", experts <= MOST_EXPERTS, f"weight has {experts} experts, at most {MOST_EXPERTS}")
+        require("route", False, f"top_k is {top_k}, at most {MOST_TOP_K}")
+    return weight
+
+
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits fp32 [T,E]. The steps of a logit do not depend on the other rows, nor on the width of the tiles."""
     rows, width = x.shape
     experts = weight.shape[0]
-    if width and x.stride(1) != 1:
-        x = x.contiguous()
-    if width and weight.stride(1) != 1:
-        weight = weight.contiguous()
+    x, weight = _contiguous(x), _contiguous(weight)
     logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
     wide = rows >= WIDE_ROWS  # a block is then two rows of warps, and each warp has 4 experts
     down, across = (2, 4) if wide else (1, 1)

@@ -1,4 +1,4 @@
-"""Launchers of sampling (sampling.cu, masks.cu), with the arguments of ops/sampling.py.
+"""Launchers of sampling (sampling.cu, draw.cu, masks.cu), with the arguments of ops/sampling.py.
 
 Nothing here waits for the device, so entries of an edit that lie outside the logits are left out without an error.
 """
@@ -26,7 +26,12 @@ _EDIT = {
 }
 _EDIT_THREADS = 256
 _TOKENS_MASKED = 16  # of a row by each thread
-_DRAW_THREADS = 512  # each needs more registers than 1024 threads of a block can have
+_DRAW_THREADS = 512  # at most: a block's 8 values a thread are then a piece of 4096, whose sums fit in 32 bits
+_DRAW_VALUES = 8  # of a row by each thread
+_CUT_THREADS = 128  # for what a list has, a few hundred as a rule
+# Of all rows: up to so many, smaller pieces occupy a card better. device_memory.py counts them.
+_FEW_VALUES = 1 << 20
+_ROW_WORDS, _PIECE_WORDS = 5218, 3  # of 8 bytes: draw.cu's memory between launches, of a row and of a piece
 
 
 def _kernel(name: str, types: dict[str, str]) -> Kernel:
@@ -40,16 +45,19 @@ _APPLY_PENALTIES = _kernel(
     {**_EDIT, "output_counts": "*i64", **dict.fromkeys(("repetition", "presence", "frequency"), "*f32")},
 )
 _PEAKS = _kernel("sample_peaks", {**_ROW, "values": "*f32", "ids": "*i64"})
-_DRAW = _kernel(
-    "sample_draw",
-    {
-        **_ROW,
-        "temperatures": "*f64",
-        "top_ks": "*i64",
-        "top_ps": "*f64",
-        "min_ps": "*f64",
-        **dict.fromkeys(("seeds", "samples", "positions", "token_ids"), "*i64"),
-    },
+_SCRATCH = {"scratch": "*i64", "words": "i64"}
+_FILTERS = {"temperatures": "*f64", "top_ks": "*i64", "top_ps": "*f64"}
+_KEYS = dict.fromkeys(("seeds", "samples", "positions"), "*i64")
+_HIGHEST, _BINS, _COLLECT, _CUT, _PIECES, _CHOOSE = _DRAW = tuple(
+    Kernel("draw.cu", f"sample_draw_{name}", types)
+    for name, types in {
+        "highest": {**_ROW, **_SCRATCH},
+        "bins": {**_ROW, **_FILTERS, **_SCRATCH},
+        "collect": {**_ROW, **_FILTERS, **_SCRATCH},
+        "cut": {**_ROW, **_FILTERS, "min_ps": "*f64", **_SCRATCH, "pieces": "i32"},
+        "pieces": {**_ROW, "temperatures": "*f64", **_KEYS, **_SCRATCH},
+        "choose": {"vocab": "i32", **_SCRATCH, "pieces": "i32", "token_ids": "*i64"},
+    }.items()
 )
 _LOG_PROBABILITIES = _kernel("sample_log_probabilities", {**_ROW, "out": "*f32"})
 _TOP_TOKENS = _kernel("sample_top_tokens", {**_ROW, "count": "i32", "values": "*f32", "ids": "*i64"})
@@ -64,7 +72,7 @@ _MASK_BITS = Kernel(  # in a source of its own
         "words": "i64",
     },
 )
-KERNELS = (_ADD_BIAS, _MASK_TOKENS, _APPLY_PENALTIES, _PEAKS, _DRAW, _LOG_PROBABILITIES, _TOP_TOKENS, _MASK_BITS)
+KERNELS = (_ADD_BIAS, _MASK_TOKENS, _APPLY_PENALTIES, _PEAKS, *_DRAW, _LOG_PROBABILITIES, _TOP_TOKENS, _MASK_BITS)
 
 
 # --- edits -------------------------------------------------------------------------------------------------
@@ -153,21 +161,40 @@ def draw(
 ) -> Tensor:
     """See ops/sampling.py. Draws the reference's tokens; rows of meaningless logits get some token too."""
     logits = _rows("draw", logits)
-    token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _launch_rows(
-        _DRAW,
-        logits,
-        _DRAW_THREADS,
-        temperatures=temperatures.contiguous(),
-        top_ks=top_ks.contiguous(),
-        top_ps=top_ps.contiguous(),
-        min_ps=min_ps.contiguous(),
-        seeds=seeds.contiguous(),
-        samples=samples.contiguous(),
-        positions=positions.contiguous(),
-        token_ids=token_ids,
-    )
+    rows, vocab = logits.shape
+    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    most = _DRAW_THREADS if rows * vocab > _FEW_VALUES else _DRAW_THREADS // 4
+    threads = min(most, 32 * divide_up(vocab, 32 * _DRAW_VALUES))
+    pieces = divide_up(vocab, threads * _DRAW_VALUES)
+    words = draw_words(pieces)
+    scratch = torch.empty((rows, words), dtype=torch.int64, device=logits.device)
+    there: dict[str, Any] = {"scratch": scratch, "words": words}
+    row: dict[str, Any] = {"logits": logits, "stride": logits.stride(0), "vocab": vocab}
+    temperatures = temperatures.contiguous()
+    filters: dict[str, Any] = {
+        "temperatures": temperatures,
+        "top_ks": top_ks.contiguous(),
+        "top_ps": top_ps.contiguous(),
+    }
+    keys: dict[str, Any] = {
+        "seeds": seeds.contiguous(),
+        "samples": samples.contiguous(),
+        "positions": positions.contiguous(),
+    }
+    grid = (pieces, rows)
+    launch(_HIGHEST, grid=grid, threads=threads, **row, **there)
+    launch(_BINS, grid=grid, threads=threads, **row, **filters, **there)
+    launch(_COLLECT, grid=grid, threads=threads, **row, **filters, **there)
+    min_ps = min_ps.contiguous()
+    launch(_CUT, grid=(rows,), threads=_CUT_THREADS, **row, **filters, min_ps=min_ps, **there, pieces=pieces)
+    launch(_PIECES, grid=grid, threads=threads, **row, temperatures=temperatures, **keys, **there)
+    launch(_CHOOSE, grid=(rows,), threads=32, vocab=vocab, **there, pieces=pieces, token_ids=token_ids)
     return token_ids
+
+
+def draw_words(pieces: int) -> int:
+    """Words of 8 bytes that a draw from a row of so many pieces leaves from one launch to the next."""
+    return _ROW_WORDS + pieces * _PIECE_WORDS
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -198,9 +225,9 @@ def _rows(operation: str, logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _launch_rows(kernel: Kernel, logits: Tensor, most_threads: int = MOST_THREADS, **arguments: Any) -> None:
+def _launch_rows(kernel: Kernel, logits: Tensor, **arguments: Any) -> None:
     """Launch a block for each row, with at least four values for each thread; results do not depend on their
     number."""
     rows, vocab = logits.shape
-    threads = min(most_threads, 32 * divide_up(vocab, 128))
+    threads = min(MOST_THREADS, 32 * divide_up(vocab, 128))
     launch(kernel, grid=(rows,), threads=threads, logits=logits, stride=logits.stride(0), vocab=vocab, **arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,19 @@ class CompileError(RuntimeError):
     """CuPy's, of NVRTC."""
 
 
+class Within:
+    """A device or a stream of CuPy's, which can be entered again and again."""
+
+    def __init__(self, entered: list[Any], what: Any) -> None:
+        self._entered, self._what = entered, what
+
+    def __enter__(self) -> None:
+        self._entered.append(self._what)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class Cupy:
     """Records what it is asked for; its NVRTC too."""
 
@@ -42,17 +54,12 @@ class Cupy:
         self.error: Exception | None = None
         self.version = (13, 0)
         self.cuda = SimpleNamespace(
-            Device=lambda index: self._within(("device", index)),
-            ExternalStream=lambda address, index: self._within(("stream", address, index)),
+            Device=lambda index: Within(self.entered, ("device", index)),
+            ExternalStream=lambda address, index: Within(self.entered, ("stream", address, index)),
             driver=SimpleNamespace(CUDADriverError=DriverError),
             runtime=SimpleNamespace(CUDARuntimeError=DriverError),
             function=SimpleNamespace(Module=self._module),
         )
-
-    @contextlib.contextmanager
-    def _within(self, what: Any) -> Any:
-        self.entered.append(what)
-        yield
 
     def createProgram(self, code: str, name: str, headers: tuple[()], names: tuple[()]) -> int:
         """Open a program of NVRTC."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.cuda.launch import moe as launcher
 from cierzo.kernels.cuda.launch.moe import MOST_ALONE
 from cierzo.kernels.ops import moe
 from cierzo.kernels.ref import moe as ref
@@ -92,3 +93,53 @@ def test_ids_that_are_no_experts_are_left_out() -> None:
 def test_more_experts_than_counters_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"group_by_expert: num_experts is 6145, must be 1 \.\. 6144"):
         moe.group_by_expert(torch.zeros(1, 1, dtype=torch.int64), 6145)
+
+
+# --- routing and grouping in one launch ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "groups", "top_groups"),
+    [
+        (0, 16, 2, 1, 1),
+        (1, 128, 4, 1, 1),
+        (21, 37, 3, 1, 1),
+        (9, 80, 6, 20, 3),
+        (launcher.WIDE_ROWS - 1, 5, 2, 1, 1),
+        (launcher.WIDE_ROWS, 5, 2, 1, 1),
+    ],
+)
+def test_one_launch_has_the_bits_of_route_and_group(
+    tokens: int, experts: int, top_k: int, groups: int, top_groups: int, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 44, generator=random).to(dtype)[:, :37]
+    weight = torch.randn(experts, 37, generator=random)
+    weight[experts // 2] = weight[0]  # ties
+    x[1:2, 3], x[5:6] = torch.nan, torch.inf
+    rule = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "renormalise": True, "scale": 2.5}
+    for router in (weight, weight.bfloat16()):
+        ids, shares = moe.route(x, router, **rule)
+        grouped = moe.group_by_expert(ids, experts)
+        found_ids, found, together = moe.route_groups(x, router, **rule)
+        assert torch.equal(found_ids, ids)
+        assert torch.equal(found.view(torch.int32), shares.view(torch.int32))
+        assert torch.equal(together.order, grouped.order)
+        assert torch.equal(together.starts, grouped.starts)
+    assert not launcher._tickets(x.device).any()  # as the next launch finds them
+
+
+def test_few_rows_are_one_launch_and_experts_stand_where_they_are_wanted(
+    backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    run = backend.run
+    monkeypatch.setattr(backend, "run", lambda kernel, *rest: (launched.append(kernel.name), run(kernel, *rest)))
+    x, weight, around = torch.ones(9, 8), torch.ones(16, 8), torch.full((3, 9, 4), -1)
+    rule = {"top_k": 4, "groups": 1, "top_groups": 1, "renormalise": True, "scale": 1.0}
+    ids, _, _ = moe.route_groups(x, weight, **rule, ids=around[1])
+    assert launched == ["route_groups_f32_f32"]
+    assert ids.data_ptr() == around[1].data_ptr()
+    assert around[1].tolist() == [[0, 1, 2, 3]] * 9
+    assert bool((around[[0, 2]] == -1).all())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cierzo.engine import device_memory
 from cierzo.kernels.check import ArgumentError
 from cierzo.kernels.cuda.launch import sampling as launcher
 from cierzo.kernels.ops import sampling as ops
@@ -86,6 +88,72 @@ def test_the_whole_vocabulary_of_a_model(backend) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(ops.top_tokens(logits, 20), ref.top_tokens(logits, 20), strict=True)
     )
+
+
+def test_the_number_of_blocks_changes_no_token(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 256 to 4096 values; cuts that fall in one bin, in two, and between pieces."""
+    draw = random.Random(9 + backend.seed)
+    for case in range(6):
+        vocab = draw.choice([1029, 2048, 4500])
+        logits, parameters = random_logits(draw, 2, vocab), random_parameters(draw, 2)
+        expected = ref.draw(logits, *parameters)
+        for threads, few in ((32, 1 << 20), (128, 0), (512, 0)):
+            monkeypatch.setattr(launcher, "_DRAW_THREADS", threads if not few else 4 * threads)
+            monkeypatch.setattr(launcher, "_FEW_VALUES", few)
+            monkeypatch.setattr(launcher, "_CUT_THREADS", draw.choice([32, 96, 512]))
+            assert torch.equal(ops.draw(logits, *parameters), expected), (case, threads, parameters)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_p": 0.5}, {"top_k": 4500}, {"top_k": 4500, "top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"top_k": 5001}],
+)
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1e4])
+def test_more_tokens_in_a_bin_than_the_list_has(settings: dict[str, float], spread: float, backend) -> None:
+    """Ties, a row of which one token stands far above the others, and one with most of them out of reach."""
+    if backend.seed > 1:
+        pytest.skip("twice is enough")
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(8)) * spread
+    logits[0, 77] += 12.0
+    for temperature in (1.0, 1e30):
+        parameters = parameters_of(1, temperature=temperature, **settings)
+        assert torch.equal(ops.draw(logits, *parameters), ref.draw(logits, *parameters))
+
+
+def test_tokens_win_by_their_score_and_by_their_noise() -> None:
+    """A few tokens with a likely score, whose random words are small as a rule, among many that are six below."""
+    logits = torch.zeros(1, 5000)
+    logits[0, 100::125] = 6.0
+    found = []
+    for seed in range(12):
+        parameters = parameters_of(1)
+        parameters[4].fill_(seed)
+        found.append(ops.draw(logits, *parameters))
+        assert torch.equal(found[-1], ref.draw(logits, *parameters)), seed
+    assert {float(logits[0, token]) for token in found} == {0.0, 6.0}
+
+
+def test_a_large_mass_is_summed_whole() -> None:
+    """All tokens of a piece have the largest mass there is, and fall in one bin."""
+    logits = torch.zeros(1, 4096)
+    for top_p in (0.25, 1 - 2**-53):
+        parameters = parameters_of(1, top_p=top_p)
+        assert torch.equal(ops.draw(logits, *parameters), ref.draw(logits, *parameters))
+
+
+def test_a_draw_takes_the_memory_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    empty = torch.empty
+
+    def noted(*arguments: Any, **options: Any) -> Tensor:
+        made.append((found := empty(*arguments, **options)).nbytes)
+        return found
+
+    monkeypatch.setattr(torch, "empty", noted)
+    for vocab, rows in ((300, 2), (5000, 3)):
+        made.clear()
+        ops.draw(torch.zeros(rows, vocab), *parameters_of(rows))
+        assert sum(made) <= device_memory.drawn_bytes(rows, vocab)
 
 
 def test_top_p_counts_what_top_k_left() -> None:

@@ -36,27 +36,36 @@ def test_products_run_on_a_warp_group_and_operands_come_16_bytes_at_a_time(
 @pytest.mark.parametrize(
     "name",
     [
-        "mla_attend: mla_decode, small4, one row, bf16",
-        "mla_attend: mla_decode, small4, decode, bf16",
+        "mla_attend: mla_decode, small4, one row, fp8",
         "gqa_attend: gqa_decode, small3, one row, bf16",
     ],
 )
 def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any], name: str) -> None:
-    """One's softmax then hides behind the other's products."""
+    """One's softmax then hides behind the other's products. With bf16 latents one has the memory for two tiles."""
     assert 2 * compiled[name]["shared_bytes"] <= SHARED_BYTES
     assert compiled[name]["registers"] <= 255
 
 
+@pytest.mark.parametrize(("pages", "instructions"), [("bf16", 540), ("fp8", 875)])
+def test_a_page_of_latents_takes_few_instructions(compiled: dict[str, Any], pages: str, instructions: int) -> None:
+    """Of a warp, for 64 tokens, as the worse of Triton 3.6 and 3.9 reaches it; none of them converts an e4m3 value
+    by itself."""
+    report = compiled[f"mla_attend: mla_decode, small4, one row, {pages}"]
+    assert not count(report, "F2F.")
+    assert report["turn"]["issued"] <= instructions
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "load"),
     [
-        "gather: mla_prefill, small4, prefill, fp8",
-        "apply_rope: apply_rope, small4, one row, bf16",
-        "combine: mla_decode, small4, one row, bf16",
+        ("gather: mla_prefill, small4, prefill, fp8", "LDG.E.128"),
+        ("apply_rope: apply_rope, small4, one row, bf16", "LDG.E.128"),
+        ("combine: mla_decode, small4, one row, bf16", "LDG.E.64"),
     ],
 )
-def test_what_only_moves_bytes_moves_16_at_a_time(compiled: dict[str, Any], name: str) -> None:
-    assert count(compiled[name], "LDG.E.128")
+def test_what_only_moves_bytes_moves_many_at_a_time(compiled: dict[str, Any], name: str, load: str) -> None:
+    """16 of a thread; of a partial result, whose 256 values 128 threads share, their two."""
+    assert count(compiled[name], load)
 
 
 def test_tables_do_without_the_hardwares_sine(compiled: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton.language as tl
 
 from cierzo.kernels.cpu.tensors import as_packed
 from cierzo.kernels.formats import e2m1 as e2m1_codes
@@ -14,29 +13,8 @@ from cierzo.kernels.formats.device import DeviceFormatError, dequantise, quantis
 from cierzo.kernels.formats.number_formats import DEVICE_FORMATS, NUMBER_FORMATS
 from cierzo.kernels.formats.packed import PackError
 from cierzo.kernels.triton import linear
-from cierzo.kernels.triton.launch import Configuration, kernel, launch
-from cierzo.kernels.triton.product import e2m1, e8m0
 
 ALL_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-
-
-@kernel
-def _decode(codes_ptr, out_ptr, BLOCK: tl.constexpr, SCALES: tl.constexpr):
-    index = tl.arange(0, BLOCK)
-    codes = tl.load(codes_ptr + index)
-    tl.store(out_ptr + index, e8m0(codes) if SCALES else e2m1(codes))
-
-
-def test_e2m1_and_e8m0_in_a_kernel_are_the_definitions() -> None:
-    codes, out = torch.arange(256, dtype=torch.uint8), torch.empty(256)
-    types = {"codes_ptr": "*u8", "out_ptr": "*fp32"}
-    launch(Configuration(_decode, types, {"BLOCK": 256, "SCALES": False}), (1,), codes_ptr=codes, out_ptr=out)
-    table = e2m1_codes.SIGNED
-    assert torch.equal(out, table[(codes & 15).long()])
-    launch(Configuration(_decode, types, {"BLOCK": 256, "SCALES": True}), (1,), codes_ptr=codes, out_ptr=out)
-    expected = torch.tensor([2.0**exponent for exponent in range(-127, 128)])
-    assert torch.equal(out[:255], expected)
-    assert out[255].isnan()
 
 
 def test_every_e4m3_code_reaches_a_product_exactly() -> None:

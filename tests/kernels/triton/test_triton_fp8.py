@@ -315,7 +315,7 @@ def test_experts_read_codes_through_descriptors(static: bool, monkeypatch: pytes
     monkeypatch.setattr(heuristics, "DESCRIBED_TOKENS", 0)
     assert torch.equal(mixed(x, ids, shares, matrices, shared=True), expected)
     both = {"codes_ptr", "shared_codes_ptr"}
-    assert found == [both | {"x_ptr"}, both | {"inner_ptr"}, set()]
+    assert found == [both | {"x_ptr"}, both | {"inner_ptr"}]
 
 
 def test_a_shared_expert_of_its_own_kind() -> None:
@@ -345,7 +345,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(DeviceFormatError, match=r"an activation scale is not in 2\^-100"):
             in_fp8(weight, torch.tensor([wrong]))
     with pytest.raises(DeviceFormatError, match="stacked before their activations are said to be in fp8"):
-        stack([weight, weight])
+        stack([weight, weight], 2)
 
 
 def test_a_copy_and_one_expert_keep_their_scales() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
 from cierzo.kernels.formats.packed import Matrix
@@ -20,7 +21,8 @@ from cierzo.kernels.triton import heuristics, linear
 from cierzo.kernels.triton.launch import POINTER
 from cierzo.kernels.triton.product import Weights
 
-FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
+FORMATS = ["plain", "fp8", "fp8 woven", "nvfp4", "mxfp4"]
+DESCRIBED = ["plain", "fp8", "fp8 woven"]  # what tensor descriptors read
 # Relative to the largest output. fp32: another order of addition. bf16: the result is rounded once, by up to 2^-8,
 # and so is what lies between the two products of an MLP; weights widen to bf16 without rounding in every format.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -35,7 +37,9 @@ def rows(tokens: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def weights(format: str, *shape: int, dtype: torch.dtype, seed: int = 1) -> Matrix:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return values if format == "plain" else quantise(values, format)
+    if format == "plain":
+        return values
+    return fp8.weave(quantise(values, "fp8")) if format == "fp8 woven" else quantise(values, format)
 
 
 def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -117,7 +121,7 @@ def test_narrow_outputs_are_a_sum_of_parts_in_order(
         assert torch.equal(linear.lm_head(x[few], weight), results[1][few])
     close(results[1], ref.lm_head(x.float(), wide_of(weight)), torch.float32)
     if format == "plain":
-        monkeypatch.setattr(heuristics, "FEW_TILES", 1 << 20)  # from here on, one chain
+        monkeypatch.setattr(heuristics, "LEAST_COLUMNS", k)  # from here on, one chain
         monkeypatch.setattr(heuristics, "TILES", dict.fromkeys(heuristics.TILES, chosen))
         total = torch.zeros(1, 70)
         for start in range(0, k, cut.k):
@@ -128,20 +132,26 @@ def test_narrow_outputs_are_a_sum_of_parts_in_order(
 
 
 def test_parts_depend_on_the_weights_and_the_card_alone() -> None:
-    for format, block_k in (("bf16", 64), ("fp8", 64), ("nvfp4", 128)):
-        latents = Weights.stored(format, 1344, 4096)
-        wide = heuristics.tile(latents, "*bf16", paired=False)
-        for tokens in (1, 128, 129, 100_000):
-            chosen, cut = heuristics.narrow(latents, wide, tokens)
-            assert (cut.count, cut.k, cut.apart) == (4, 1024, tokens <= 128)
-            assert chosen == replace(wide, block_n=64)
-            assert cut.k % block_k == 0
-        assert heuristics.narrow(latents, wide, 1, multiprocessors=200)[1].count == 8
-        assert heuristics.narrow(latents, wide, 1, multiprocessors=80)[1].count == 1
-        for outputs, k in ((4096, 4096), (131_072, 4096), (1344, 256)):
+    for format in ("bf16", "fp8", "fp8 woven", "nvfp4"):
+        # MLA's latents, the products behind and before attention, and a router.
+        for outputs, k, parts in ((1344, 4096, 6), (4096, 4096, 2), (4096, 1024, 2), (128, 4096, 8)):
+            matrix = Weights.stored(format, outputs, k)
+            wide = heuristics.tile(matrix, "*bf16", paired=False)
+            for tokens in (1, 128, 129, 100_000):
+                chosen, cut = heuristics.narrow(matrix, wide, tokens)
+                assert (cut.count, cut.apart) == (parts, tokens <= 128)
+                eight = format == "nvfp4" and not cut.apart
+                assert chosen == (replace(wide, num_warps=8) if eight else replace(wide, block_n=64))
+                assert (parts - 1) * cut.k < k <= parts * cut.k
+                assert cut.k % 128 == 0
+            assert parts * -(-outputs // 64) >= 120 or parts == k // 512
+            assert heuristics.narrow(matrix, wide, 1, multiprocessors=64)[1].count < parts or parts == k // 512
+        for outputs, k in ((8192, 4096), (131_072, 4096), (1344, 1023)):
             other = Weights.stored(format, outputs, k)
             wide = heuristics.tile(other, "*bf16", paired=False)
-            assert heuristics.narrow(other, wide, 1) == (wide, heuristics.Parts(1, k))
+            few = replace(wide, block_n=64) if outputs < 131_072 else wide
+            assert heuristics.narrow(other, wide, 1) == (few, heuristics.Parts(1, k))
+            assert heuristics.narrow(other, wide, 65) == (wide, heuristics.Parts(1, k))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -155,24 +165,18 @@ def test_gated_mlp(format: str, dtype: torch.dtype) -> None:
         close(result, ref.gated_mlp(x.float(), wide_of(gate_up), wide_of(down)), dtype)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_narrow_form_and_exchanged_operands_compute_the_same(
-    format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not yet in use: heuristics.WIDTH_KEEPS_BITS."""
+@pytest.mark.parametrize("format", DESCRIBED)
+def test_exchanged_operands_compute_the_same(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, gate_up = rows(3, 96, torch.bfloat16), weights(format, 128, 96, dtype=torch.bfloat16)
     down = weights(format, 96, 64, dtype=torch.bfloat16, seed=2)
     expected = ref.gated_mlp(x.float(), wide_of(gate_up), wide_of(down))
-    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", True)
-    close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
     exchanged = {name: replace(tile, tokens_on_m=not tile.tokens_on_m) for name, tile in heuristics.TILES.items()}
     monkeypatch.setattr(heuristics, "TILES", exchanged)
-    monkeypatch.setattr(heuristics, "WIDTH_KEEPS_BITS", False)
     close(linear.gated_mlp(x, gate_up, down), expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", DESCRIBED)
 @pytest.mark.parametrize(("tokens", "outputs", "k"), [(1, 1, 32), (2, 131, 96), (65, 40, 64)])
 def test_descriptors_read_the_same(
     tokens: int, outputs: int, k: int, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +199,7 @@ def test_descriptors_read_the_same(
     assert any(found == {"x_ptr", "codes_ptr"} for found in blocks)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", DESCRIBED)
 @pytest.mark.parametrize("apart", [True, False])
 def test_descriptors_read_the_same_parts(format: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = rows(2, 1088, torch.bfloat16), weights(format, 70, 1088, dtype=torch.bfloat16)

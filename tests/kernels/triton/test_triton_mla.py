@@ -21,13 +21,13 @@ from cierzo.kernels.triton.split import Splits
 
 FORM = Form(heads=3, rank=12, rope=4)  # 21 tokens and a third of another share a tile of 64 rows
 NOPE, VALUE = 8, 10
-SMALL = Splits(64, 3, 128)
+SMALL = Splits(192, 1, 256, walked=(3, 2))  # a program each for parts of 64 tokens, then of 128
 LENGTH = 470  # three short splits, two long ones, and part of a third
 
 
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "SPLITS", SMALL)
+    monkeypatch.setattr(split, "WALKED", SMALL)
     monkeypatch.setattr(flash, "WORKSPACE_TOKENS", 2 * flash.TOKENS)
 
 
@@ -114,13 +114,14 @@ def test_a_prompts_row_has_its_bits_however_it_is_cut(dtype: torch.dtype, monkey
     assert torch.equal(alone, whole[LENGTH - 1 :])
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_small_4s_sizes(fp8: bool) -> None:
+@pytest.mark.parametrize(("fp8", "block_tokens"), [(False, 32), (True, 64), (False, 128)])
+def test_small_4s_sizes(fp8: bool, block_tokens: int) -> None:
+    """Pages of half a tile of tokens, of one, and of two."""
     form = Form(heads=32, rank=256, rope=64)
     sequence = random_sequence(form, torch.bfloat16, 150, seed=8)
     sequence = Sequence(sequence.q * 0.2, sequence.cached)  # as they are, each would attend to one token alone
     segments = [(0, 149, 150), (0, 65, 68), (0, 0, 1)]
-    batch = make_batch(form, [sequence], segments, block_tokens=32, fp8=fp8)
+    batch = make_batch(form, [sequence], segments, block_tokens, fp8=fp8)
     assert_near(torch.cat(decode(batch)), segments_near(form, [sequence], segments, fp8=fp8))
     q = batch.q[:, :2, :128].contiguous()
     w = weights(torch.bfloat16, heads=2, nope=64, rank=256, value=128)

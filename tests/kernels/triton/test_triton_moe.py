@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from cierzo.kernels.formats import fp8
 from cierzo.kernels.formats.definition import as_tensor
 from cierzo.kernels.formats.device import DeviceMatrix, dequantise, quantise
 from cierzo.kernels.formats.packed import Matrix
 from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.triton import heuristics, moe
 
-D, F, E = 96, 64, 5
-FORMATS = ["plain", "fp8", "nvfp4", "mxfp4"]
+D, F, E = 128, 64, 5
+FORMATS = ["plain", "fp8", "fp8 woven", "nvfp4", "mxfp4"]
 # Relative to the largest output: fp32 in another order of addition; bf16 rounds what lies between the two products,
 # an expert's output and the sum, each by up to 2^-8 of itself.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
@@ -28,7 +29,10 @@ def random_experts(format: str, dtype: torch.dtype, inner: int = F, unused: tupl
     made: list[Matrix] = []
     for shape in shapes:
         values = torch.randn(*shape, generator=random).to(dtype)
-        matrix = values if format == "plain" else quantise(values, format)
+        matrix = values if format == "plain" else quantise(values, format.split()[0])
+        if format == "fp8 woven":
+            assert isinstance(matrix, DeviceMatrix)
+            matrix = fp8.weave(matrix)
         for expert in unused if len(shape) == 3 else ():
             poison(matrix, expert)
         made.append(matrix)
@@ -131,7 +135,7 @@ def test_a_token_has_the_same_bits_alone_and_in_company(format: str, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["plain", "fp8"])
 @pytest.mark.parametrize(("tokens", "shared"), [(1, False), (5, True), (20, True)])
 def test_descriptors_read_the_same(
     tokens: int, shared: bool, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +157,7 @@ def test_descriptors_read_the_same(
     described, _ = run(x, ids, weights, matrices, shared)
     assert torch.equal(by_pointers, described)
     both = {"codes_ptr", "shared_codes_ptr"} if shared else {"codes_ptr"}
-    assert found == [both, both | {"inner_ptr"}, set()]
+    assert found == [both, both | {"inner_ptr"}]
 
 
 def test_values_beyond_fp16() -> None:

@@ -21,7 +21,7 @@ LENGTH = 330  # three short splits of 64, one long one of 128, and a token or tw
 
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "SPLITS", Splits(64, 3, 128))
+    monkeypatch.setattr(split, "WALKED", Splits(192, 1, 256, walked=(3, 2)))
 
 
 def shared_batch(segments: list[Segment], common: list[int], dtype: torch.dtype, fp8: bool = False) -> Batch:
@@ -89,7 +89,7 @@ def test_in_rounds_and_within_the_bounds_of_a_recorded_step(monkeypatch: pytest.
     bounds = {"query_lengths": [1] * 5, "contexts": [LENGTH] * 5}
     for changes in ({}, bounds, bounds | {"total_context": 1160}):
         assert torch.equal(decode(renewed(batch, **changes)), alone)
-    shape = split.Shape(kv_heads=1, group=FORM.heads, width=FORM.rank)
+    shape = split.Shape(kv_heads=1, group=FORM.heads, width=FORM.rank, cut=split.WALKED.apart())
     # Items of a round: none has two segments, some do, segment 0 without its last guest.
     for items, changes in ((1, {}), (8, {}), (8, bounds), (12, bounds)):
         monkeypatch.setattr(split, "PARTIAL_BYTES", items * shape.item_bytes)
@@ -156,7 +156,9 @@ def test_prefixes_are_those_of_the_rule(together: int, monkeypatch: pytest.Monke
 
 def test_it_is_left_alone_where_it_cannot_pay() -> None:
     queries = make_queries([(1, 9)], torch.arange(1), torch.zeros(1, 3, dtype=torch.int32))
-    assert prefix.prefixes(queries, 5, 4) is None  # one sequence
+    found = prefix.prefixes(queries, 5, 4)  # one sequence: its own leader, without a launch
+    assert found is not None
+    assert (found.mates.tolist(), found.members.tolist()) == ([[0, 0, 0]], [[-1] * 4])
     queries = make_queries([(1, 9)] * 2, torch.arange(2), torch.zeros(2, 3, dtype=torch.int32))
     assert prefix.prefixes(queries, 5, 1) is None  # no room for two
     assert prefix.prefixes(queries, 5, 2) is not None

@@ -17,7 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cierzo.engine.worker.staging import Staging
-from cierzo.kernels.fault import DeviceFault, watching
+from cierzo.kernels.check import ArgumentError
+from cierzo.kernels.fault import DeviceFault, kernels_since, note, watching
 from cierzo.kernels.formats.device import quantise
 from cierzo.kernels.ref import moe as ref
 from cierzo.kernels.triton import heuristics, moe, norm
@@ -77,7 +78,7 @@ def experts_through_descriptors_have_the_interpreters_values(machine: Machine, f
     heuristics.DESCRIBED_TOKENS = 20
     out = moe.expert_mlp(inputs[0], *there[:2], *inputs[1:], *there[2:])
     torch.save((x, matrices, weights, order, starts, machine.card.values(out)), folder / "experts.pt")
-    assert machine.ran[-3:] == ["_expert_gate_up", "_expert_down", "_sum_slots"], machine.ran
+    assert machine.ran[-3:] == ["_expert_gate_up", "_expert_down", "_sum_terms"], machine.ran
 
 
 @case
@@ -165,7 +166,34 @@ def a_misaligned_address_is_found(machine: Machine, folder: Path) -> None:
 @case
 def the_hosts_memory_is_refused(machine: Machine, folder: Path) -> None:
     with raising(ValueError, "cannot be accessed from Triton"):
-        copy(torch.ones(64).as_subclass(OnCard))
+        copy(torch.ones(64))
+
+
+@case
+def a_second_launch_goes_past_the_compiler_and_not_past_the_checks(machine: Machine, folder: Path) -> None:
+    x = sent(machine, torch.arange(80.0))
+    machine.card.values(copy(x))
+    kernel, machine.ran[:] = COPY.kernel, []
+    run, kernel.run = kernel.run, None  # a launch that goes there has nothing to call
+    try:
+        note("here")
+        assert torch.equal(machine.card.values(copy(x)), torch.arange(64.0))
+        assert kernels_since("here") == "[copy]"
+        with raising(ArgumentError, "copy: x_ptr starts 4 bytes past a multiple of 16"):
+            copy(x[1:])
+        with raising(ArgumentError, "copy: x_ptr has dtype torch.bfloat16, the kernel takes *fp32"):
+            launch(COPY, (1,), x_ptr=x.bfloat16(), out_ptr=x, count=64, beyond=0)
+        with raising(ArgumentError, "copy: beyond is 2147483648, more than i32 holds"):
+            copy(x, beyond=1 << 31)
+        with raising(ArgumentError, "copy: out_ptr is on cuda, not on cpu"):
+            launch(COPY, (1,), x_ptr=torch.ones(64), out_ptr=x, count=64, beyond=0)
+        copy(x, grid=(1, 0))
+    finally:
+        kernel.run = run
+    with raising(KeyError, "aligned"):
+        launch(COPY, (1,), x_ptr=x, out_ptr=x, count=64, beyond=0, aligned=True)
+    torch.cuda.synchronize()
+    assert machine.ran == ["_copy"]
 
 
 @case

@@ -23,6 +23,7 @@ from cierzo.engine.frontend.child import Child
 from cierzo.engine.worker import core, process
 from cierzo.kernels.cuda.launch import device
 from cierzo.kernels.cuda.launch.launcher import running_on
+from cierzo.kernels.triton import widths
 from standin.driver import Machine, on_card
 from standin.engines import make_config
 from standin.machine import Backend, Graph, torch_cuda
@@ -56,6 +57,7 @@ class Activity:
 def serve_core(socket: str, report: str) -> int:
     """The core process."""
     device.require = lambda: None  # CUDA C++ runs on fibers, without CuPy
+    widths.TOKENS, widths.ROWS, widths.COLUMNS = 16, 64, 256
     found: dict[str, dict[str, int]] = {}
     with on_card() as machine, torch_cuda(machine.card), running_on(Backend(machine.card.stream)):
         activity, make_runner = Activity(machine), core.make_runner
