@@ -36,10 +36,10 @@ def _image_attend(
         live = tokens < count
         tokens = tokens.to(tl.int64)
         keys = load_tile(keys_ptr + head, tokens, live, columns, K_STRIDE, D, BLOCK_D)
-        scores = tl.dot(q, keys.T, input_precision="ieee") * factor
+        scores = tl.dot(q, keys.T, input_precision="ieee")
         scores = tl.where(live[None, :], scores, float("-inf"))
         values = load_tile(values_ptr + head, tokens, live, columns, V_STRIDE, D, BLOCK_D)
-        acc, largest, total = softmax_step(scores, values, acc, largest, total, False)
+        acc, largest, total = softmax_step(scores, factor, values, acc, largest, total, False)
     kept = inside[:, None] & (columns < D)[None, :]
     place = rows[:, None] * (H * D) + head + columns[None, :]
     tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)

@@ -133,7 +133,7 @@ def test_an_hour_of_load_passes_in_less_than_a_minute() -> None:
 def test_thousands_of_sequences_run_at_once_on_the_blocks_of_four_cards() -> None:
     config = configure(card="4xh100", budget_tokens=16_384)
     server = SimulatedServer(config)
-    assert config.cache.num_blocks * 32 > 10_000_000
+    assert config.cache.num_blocks * config.cache.block_tokens > 10_000_000
     result = load(server, requests=2048, concurrency=2048, input_tokens=256, output_tokens=128)
     assert result.answered == 2048
     assert server.core.stats().preemptions == 0

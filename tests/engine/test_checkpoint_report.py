@@ -120,7 +120,7 @@ def test_a_vision_tower_that_is_left_aside_is_said_loudly_and_takes_no_memory(
     assert found.needs is not None
     both = zip(told.needs.cards, found.needs.cards, strict=True)
     assert {seeing.weight_bytes - blind.weight_bytes for seeing, blind in both} == {856_944_640}
-    assert "109,472 tokens" in rows(found)["nvfp4"]
+    assert "109,440 tokens" in rows(found)["nvfp4"]
 
 
 def test_a_folder_with_both_layouts_says_which_is_read(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_cards_are_those_that_the_engine_would_start_on(small4: Path, told: Chec
     assert not starts("2xh100", "bf16", longest)
     assert not starts("h100", "fp8", 1)
     assert not starts("h200", "bf16", 1)
-    assert "72,288 tokens" in rows(told)["nvfp4"]
+    assert "72,256 tokens" in rows(told)["nvfp4"]
 
 
 def test_weights_are_those_of_the_planner(small4: Path, told: CheckpointReport) -> None:

@@ -110,6 +110,7 @@ class Refusing:
 
     def __init__(self, error: Exception) -> None:
         self._error = error
+        self.fn = launch_refused  # the function of it; no chained one
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(**arguments: Any) -> None:

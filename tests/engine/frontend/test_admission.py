@@ -439,7 +439,7 @@ def test_a_hint_beside_a_long_prompt_waits_for_its_end():
     engine = VirtualEngine(65536)
     engine.send(0, 60_000)
     engine.run_until(0.5)
-    hint_s = engine.refusal(20_000, 1.5).retry_after_s
+    hint_s = engine.refusal(20_000, 0.8).retry_after_s
     left_s = engine.until_first_token(0)
     assert left_s / 2 <= hint_s <= left_s * 2
 

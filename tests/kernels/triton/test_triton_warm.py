@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels
 # Of every kind of argument: constants that are texts, numbers, absent pointers, tensor descriptors.
 NAMES = (
     "linear: linear, small4 latents, one row, bf16",
-    "linear: linear, small4 latents, many rows, bf16, TMA",
+    "linear: linear, small4 latents, 500 rows, bf16, TMA",
     "sum_parts: linear, small4 latents, one row, bf16",
     "rope_tables: rope_tables, small4, one row, bf16",
 )
