@@ -120,14 +120,14 @@ def test_time_passes_as_the_roofline_says() -> None:
     assert totals.distinct_experts / totals.steps == pytest.approx(4 + (128 - 4) / 101, rel=0.02)
 
 
-def test_an_hour_of_load_passes_in_less_than_a_minute() -> None:
+def test_a_quarter_of_an_hour_of_load_passes_in_15_seconds() -> None:
     config = configure()
     server = SimulatedServer(config)
     begin = time.process_time()  # others may use the processor meanwhile
-    result = load(server, requests=1800, rate=0.5, input_tokens=1024, output_tokens=512)
-    assert result.answered == 1800
-    assert result.elapsed_s > 3400
-    assert time.process_time() - begin < 60
+    result = load(server, requests=450, rate=0.5, input_tokens=1024, output_tokens=512)
+    assert result.answered == 450
+    assert result.elapsed_s > 800
+    assert time.process_time() - begin < 15
 
 
 def test_thousands_of_sequences_run_at_once_on_the_blocks_of_four_cards() -> None:

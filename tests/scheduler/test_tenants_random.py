@@ -35,6 +35,7 @@ class Twin:
         self.last_turn = 0.0
         self.seen: Counter[str] = Counter()
         self.current: Request | None = None  # whose turn it is
+        self.admits = False
         self.had_work: set[str] = set()
         self.past: set[Request] = set()
         self.prompts: list[Request] = []

@@ -26,7 +26,7 @@ def kernels() -> list[Kernel]:
     return [kernel for module in modules for kernel in getattr(module, "KERNELS", ())]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_source_compiles_without_spills(path: Path, architecture: str) -> None:
     text = program(path.name)
