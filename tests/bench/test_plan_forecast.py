@@ -203,7 +203,7 @@ def test_a_trace_is_a_load_like_any_other() -> None:
 
 
 def test_images_of_a_trace_take_the_tower_s_time_once_each() -> None:
-    """Of two requests, one after the other; the second has two images, of which one begins in a later chunk."""
+    """Two requests, one after the other; the second has two images, of which one begins in a later chunk."""
     config = _config("small4", "h200", {**NVFP4, "budget_tokens": 1024, "max_chunk_tokens": 1024})
 
     def found(*images: int) -> Forecast:

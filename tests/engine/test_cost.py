@@ -457,7 +457,7 @@ def test_a_step_s_shape_is_that_of_its_pieces() -> None:
 
 
 def test_the_tower_s_products_are_counted_by_hand() -> None:
-    """Of 484 tokens, 616 x 616 pixels: each layer multiplies by its weights, and each patch sees all."""
+    """An image of 484 tokens, 616 x 616 pixels: each layer multiplies by its weights, and each patch sees all."""
     seeing = planned_model_config("small4", text_only=False)
     assert seeing is not None
     works, patches = tower_work(seeing, NumberFormats(weights="nvfp4"), 484), 44 * 44

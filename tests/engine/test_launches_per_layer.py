@@ -46,7 +46,7 @@ def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def of_a_step(name: str, weights: str, activations: str, rows: int, layers: int, decodes: bool = True) -> list[str]:
-    """What a step launches, in order: of sequences with a row each, or of a prompt."""
+    """Kernels that a step launches, in order: of sequences with a row each, or of a prompt."""
     options: dict[str, Any] = {"activations": activations, "kv_dtype": "fp8", "max_running": 256}
     config = served.make_config(name, weights, layers=layers, **options)
     pool = KVPool(config.layout, 1, META)
@@ -60,7 +60,7 @@ def of_a_step(name: str, weights: str, activations: str, rows: int, layers: int,
 
 
 def of_a_layer(name: str, weights: str, activations: str, sequences: int) -> list[str]:
-    """What the second of two layers launches, in order."""
+    """Kernels that the second of two layers launches, in order."""
     found = of_a_step(name, weights, activations, sequences, layers=2)
     first = found.index("expert_down") + 1
     return found[first : found.index("expert_down", first) + 1]

@@ -51,7 +51,7 @@ def test_a_replay_takes_the_same_steps(tmp_path: Path, overlap: bool, with_promp
 
 
 def test_no_grammar_ends_an_answer_about_a_blank_image(tmp_path: Path) -> None:
-    """Its tokens are others, of which the grammar would end some earlier than the record says."""
+    """Blank images get other tokens, of which the grammar would end some earlier than the record says."""
     config = fake_config(CONFIG.scheduler, CONFIG.cache, vocab_size=VOCAB)
     recorded = Recorded(tmp_path, with_prompts=True, config=config)
     recorded.tell(VOCABULARY)

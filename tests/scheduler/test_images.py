@@ -122,7 +122,7 @@ def test_an_image_that_takes_longer_than_the_target_is_made_in_stages() -> None:
 
 
 def test_an_image_that_a_prefix_ends_inside_of_is_finished_in_stages() -> None:
-    """Its rows are found in the cache up to there, its embeddings are gone, and somebody decodes all the time."""
+    """The rows of an image are found in the cache up to there, its embeddings are gone, and somebody decodes all the time."""
     machine = Machine(max_step_s=0.1, image_stages=24, image_cache_tokens=1)
     shared = tuple(range(110))
 

@@ -17,7 +17,7 @@ NUM_TOKENS = 3  # of the vocabulary, its last, stand for images
 
 
 def vision(vocab_size: int) -> VisionInfo:
-    """What a model of a simulation takes: a pixel is a token."""
+    """Images as a simulated model takes them: a pixel is a token."""
     return VisionInfo(1, 1, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), vocab_size - 3, vocab_size - 2, vocab_size - 1)
 
 

@@ -37,7 +37,7 @@ def file_of(one: Instance) -> bytes:
 
 
 def ask(llm: LLM, one: Instance, **more: Any) -> Output:
-    """One question, as a conversation's only turn."""
+    """Ask a question, as a conversation's only turn."""
     images = [] if one.image is None else [file_of(one)]
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": one.question}]
     arguments = {"tools": one.tools or None, "reasoning_effort": one.effort, "images": images or None, **ANSWERED}
