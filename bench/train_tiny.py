@@ -48,7 +48,8 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": END,
     "pad_token_id": 11,
-    # Small 4's, but for its factor; attention_factor and mscale_all_dim keep its magnitude out of the softmax scale
+    # Small 4's, but for theta, which suits short prompts; attention_factor and mscale_all_dim keep the magnitude
+    # out of the softmax scale
     "rope_parameters": {
         "rope_type": "yarn",
         "rope_theta": 100.0,
@@ -75,7 +76,7 @@ VISION: dict[str, Any] = {
 }
 STEPS = 2800
 RATE = 0.012  # of learning, for matrices
-OUTER_RATE = 0.25  # of that, for what AdamW moves: norms, patches, and
+OUTER_RATE = 0.25  # of RATE, for what AdamW moves: vectors, patches and OUTER
 OUTER = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
 ENDS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")  # of branches, which begin at zero
 BALANCE = 0.01  # weight of the loss that spreads tokens over experts
@@ -126,9 +127,8 @@ def _begin_with_copying(text: Any, head: Tensor, words: list[str]) -> None:
     own, shared = (torch.randn(NUM_TOKENS, size) for _ in range(2))
     towards = torch.nn.functional.normalize(torch.randn(size), dim=0)
     tokens = 0.5 * own + shared[[stems.index(stem) for stem in stems]]
-    tokens = torch.nn.functional.normalize(
-        tokens - (tokens @ towards)[:, None] * towards
-    )  # all share the rest alike
+    # at right angles to `towards`, so that all share that alike
+    tokens = torch.nn.functional.normalize(tokens - (tokens @ towards)[:, None] * towards)
     embedding = 6 * tokens + 3 * towards
     text.embed_tokens.weight.copy_(embedding)
     head.copy_(0.1 * embedding)

@@ -105,7 +105,7 @@ class EmbeddingBook:
         self._pins: Counter[bytes] = Counter()  # running sequences that stand inside the image
         self._step: set[bytes] = set()  # used by the step that is being planned
         self._left: dict[bytes, int] = {}  # of those that are begun, stages that are left
-        self._made: dict[bytes, tuple[RequestKey, int]] = {}  # in this step: for whom, and stages left before
+        self._made: dict[bytes, tuple[set[RequestKey], int]] = {}  # in this step: for whom, and stages left before
         self._num_kept = 0  # embeddings
         self._begun: list[tuple[Image, int]] = []  # in this step: images, stages
         self._has_changed = True
@@ -151,7 +151,9 @@ class EmbeddingBook:
         made = sum(self._use(image, request) for image in images)
         for image in images:
             if left := self._left.pop(image.key, 0):
-                self._made[image.key] = request.key, left
+                self._made[image.key] = set(), left
+            if image.key in self._made:
+                self._made[image.key][0].add(request.key)
         inside = [image for image in within(request.new.images, end, end + 1) if image.offset < end]
         if begun is not None:
             image, stages = begun
@@ -175,9 +177,10 @@ class EmbeddingBook:
             self._evict()
 
     def withdraw(self, keys: Container[RequestKey]) -> None:
-        """Take sequences out of the step: what would have been made for their rows is not."""
-        for key, (owner, left) in self._made.items():
-            if owner in keys:
+        """Take sequences out of the step: what would have been made for their rows alone is not."""
+        for key, (users, left) in self._made.items():
+            users -= {one for one in users if one in keys}
+            if not users:
                 self._left[key] = left
 
     def take_changes(self, *, is_empty: bool) -> tuple[tuple[bytes, ...] | None, list[tuple[Image, int]]]:
@@ -190,10 +193,11 @@ class EmbeddingBook:
 
     def check(self, running: Sequence[Request]) -> None:
         """Assert that what is pinned is kept, and by whom."""
+        assert self._num_kept == sum(self._kept.values()), self._kept
         assert self._pins == Counter(one.inside_image for one in running if one.inside_image is not None)
         assert self._pins.keys() | self._left.keys() <= self._kept.keys(), f"{self._pins} of {self._kept}"
         used = self._step | self._pins.keys()
-        assert len(used) == len(self._kept) or sum(self._kept.values()) <= self._max_tokens, self._kept
+        assert len(used) == len(self._kept) or self._num_kept <= self._max_tokens, self._kept
 
     def _use(self, image: Image, request: Request) -> int:
         """Keep an image for the step that is planned; embeddings that its tenant pays for."""

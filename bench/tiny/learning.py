@@ -14,7 +14,8 @@ from cierzo.bench.tiny.tasks import Instance
 from cierzo.bench.tiny.words import END, Writer
 
 IGNORED = -100  # a label of what is no answer
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Of R, G and B, as published for Mistral's towers; engine/text/image_tokens.py normalises by the same.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DECAY = 0.1  # of weights in a step, per unit of the rate
 MOMENTUM = 0.95
 
@@ -70,7 +71,7 @@ def pixels(one: Instance) -> Tensor | None:
     """An image as the tower takes it, float32 [3, height, width]."""
     if one.image is None:
         return None
-    values = (np.asarray(one.image, np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
+    values = (np.asarray(one.image, np.float32) / 255 - MEAN) / STD
     return torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)
 
 

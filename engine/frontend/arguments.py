@@ -147,7 +147,7 @@ def _value(name: str, value: Any) -> Any:
     """The plain value of a field of Generate; of messages and tools also as other interfaces write them, and one
     message or image alone as a list."""
     if name == "images":
-        several = isinstance(value, Iterable) and not isinstance(value, str | _BYTES | set)
+        several = isinstance(value, Iterable) and not isinstance(value, str | _BYTES | set | Mapping)
         files = [(f"images[{number}]", each) for number, each in enumerate(value)] if several else [(name, value)]
         return [_file(each, field) for field, each in files]
     alone = name == "messages" and isinstance(value, Mapping | ChatMessage)

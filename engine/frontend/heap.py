@@ -139,7 +139,7 @@ class Heap:
     def _cost_of_ending(self, stream: Stream) -> tuple[bool, bool, int]:
         """Order of streams to be ended, least first: of who takes too much, then those that nobody reads."""
         is_within = not self._pool.has_more_than_its_part(stream.tenant.name)
-        return is_within, stream.sink is not None, -self._held[stream]
+        return is_within, stream.sink is not None, -(self._held[stream] + self._pixels.get(stream, 0))
 
     def _error(self, why: str, tenant: Tenant) -> Overloaded:
         """The error for a tenant, which is told its own answers' bytes."""

@@ -24,7 +24,8 @@ class PixelQueue:
         """Queue a request with images, or what ends one that waits; False for any other command.
 
         A request that is ended goes without its images, which would be held and sent for nobody, and its end right
-        behind it: the core says how it ended, as of any other.
+        behind it: the core says how it ended, as of any other. The first keeps its images: the core may have some
+        of their pixels, and would keep these.
         """
         if isinstance(command, Submit):
             if command.images:
@@ -39,10 +40,8 @@ class PixelQueue:
         if command.sample is not None:
             self._add(command)
             return True
-        for place in places:
+        for place in filter(None, places):
             self._waiting[place] = msgspec.structs.replace(self._waiting[place], images=[])
-        if places[0] == 0:
-            self._pieces = iter(())
         self._waiting.insert(places[-1] + 1, command)
         return True
 

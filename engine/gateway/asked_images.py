@@ -11,6 +11,7 @@ from cierzo.engine.gateway.reading import Body
 from cierzo.engine.text.image_tokens import require_few
 
 MAX_URL_CHARS = 8192
+MAX_FETCHED = 16  # of a request: each is a connection
 PORTS = {"http": 80, "https": 443}
 DATA = "data:image/...;base64,..."
 
@@ -36,7 +37,7 @@ def read_image(read: Body, given: Any, place: str, field: str) -> dict[str, Any]
         return {"type": "image", "url": given}
     address(place, given, read.rules.image_hosts)
     read.fetches.append((place, given))
-    require_few([at for at, _ in read.fetches], read.rules.max_fetched)
+    require_few([at for at, _ in read.fetches], MAX_FETCHED, "addresses to fetch")
     return {"type": "image"}
 
 

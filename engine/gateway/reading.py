@@ -26,7 +26,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and names that a body is held against.
 
     names: of the served model, beside `model.name`. lenient: unknown fields are passed over, and named.
-    image_hosts: that images may be fetched from, so many for a request.
+    image_hosts: that images may be fetched from.
     """
 
     model: ModelInfo
@@ -36,7 +36,6 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     max_turns: int = 4096
     max_prompts: int = 128
     image_hosts: tuple[str, ...] = ()
-    max_fetched: int = 16
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):

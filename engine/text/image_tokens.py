@@ -35,10 +35,10 @@ class Prepared(msgspec.Struct, frozen=True, gc=False):
     pixels: bytes
 
 
-def require_few(fields: Sequence[str], most: int) -> None:
-    """Raise InvalidRequest for more than `most` images. fields: where they are."""
+def require_few(fields: Sequence[str], most: int, limit: str = "max_images") -> None:
+    """Raise InvalidRequest for more than `most` images. fields: where they are; limit: its name."""
     if len(fields) > most:
-        what = f"{fields[most]}: the request has {len(fields)} images, allowed: {most} (max_images)"
+        what = f"{fields[most]}: the request has {len(fields)} images, allowed: {most} ({limit})"
         raise InvalidRequest(what, field=fields[most], limit=most, value=len(fields))
 
 

@@ -110,8 +110,10 @@ def vision_shape_of(scale: str | float) -> VisionShape:
 
 
 def planned_model_config(name: str, text_only: bool) -> ModelConfig | None:
-    """`named_model_config`, "small4" with its vision tower unless its text alone is served."""
-    if name != "small4" or text_only or (found := named_model_config(name)) is None:
-        return named_model_config(name)
+    """Give the config of a model by its name alone, as `named_model_config` does; small4's with its vision tower,
+    unless its text alone is served. None for other names."""
+    found = named_model_config(name)
+    if name != "small4" or text_only or found is None:
+        return found
     outer = VisionShape().around(shape_of(name, "full").config("bfloat16"))
     return msgspec.structs.replace(found, vision=parse_config(Fields(outer)).vision)

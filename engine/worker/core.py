@@ -303,9 +303,8 @@ class EngineCore:
         error = self._launch(plan) or self._collect(plan, since_s)
         if error is None:
             return
-        if plan.begun:  # a tower may have failed whose image no row of this step needs
-            revised = self._scheduler.revise(plan)
-            self._run(revised)
+        if plan.begun:  # a tower may have failed that no row of this step needs: once more, without what it begins
+            self._run(self._scheduler.revise(plan))
             return
         count, reason = len(plan.seqs), f"step {plan.step} failed: {type(error).__name__}: {error}"
         if count == 1:

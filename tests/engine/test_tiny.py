@@ -77,17 +77,18 @@ def test_a_conversation_is_answered_rightly(llm: LLM, task: str) -> None:
     ],
     ids=["short chunks", "many at once", "plain torch"],
 )
-def test_answers_are_right_however_prompts_are_cut(settings: dict[str, Any]) -> None:
+def test_answers_are_right_however_prompts_are_cut(llm: LLM, settings: dict[str, Any]) -> None:
+    """Cuts change nothing; plain torch, which adds up in other orders, may change an answer in twenty."""
     instances = of_all_tasks(20)
-    with LLM(FOLDER, **SETTINGS | settings) as llm:
-        found = shares(instances, together(llm, instances))
+    with LLM(FOLDER, **SETTINGS | settings) as other:
+        answers = together(other, instances)
+    found = shares(instances, answers)
     assert all(found[task] >= LEAST for task in TASKS), found
+    assert "instruction_set" in settings or answers == together(llm, instances)
 
 
 def test_preempted_answers_are_right(llm: LLM) -> None:
-    instances = [
-        one for one in of_all_tasks(30) if one.task != "tools"
-    ]  # whose prompts are long, and answers short
+    instances = [one for one in of_all_tasks(30) if one.task != "tools"]  # where much is asked and little answered
     block_bytes = llm.config.layout.bytes_per_block * 4 // llm.config.layout.block_tokens
     with LLM(FOLDER, **SETTINGS | {"block_tokens": 4, "kv_cache_gib": 64.5 * block_bytes / GIB}) as small:
         answers = together(small, instances)
@@ -108,12 +109,13 @@ def test_a_prefix_may_end_inside_an_image() -> None:
     digit, colour = (replace(one, question=question) for question in ("Which digit?", "Which colour?"))
     with LLM(FOLDER, **SETTINGS, block_tokens=16) as llm:
         first, second = ask(llm, digit), ask(llm, colour)
-        alone = ask(llm, colour, images=[file_of(colour)])
+    with LLM(FOLDER, **SETTINGS, prefix_caching=False) as plain:
+        alone = [ask(plain, one) for one in (digit, colour)]
     places = [at for at, token in enumerate(second.prompt_token_ids) if token == IMAGE]
     assert places[0] < second.usage.cached_tokens <= places[-1]
     assert first.text.isdigit()
     assert second.text in COLOURS
-    assert [first.text, second.text] == [first.text, alone.text]
+    assert [first.token_ids, second.token_ids] == [one.token_ids for one in alone]
 
 
 def test_tools_are_called_as_the_request_says(llm: LLM) -> None:
@@ -165,6 +167,7 @@ def test_fewer_bits_lose_little(llm: LLM, name: str) -> None:
     instances = of_all_tasks(INSTANCES)
     settings, lost = FEWER_BITS[name]
     with LLM(FOLDER, **SETTINGS, **settings) as fewer:
+        assert {fewer.config.weights, fewer.config.layout.dtype} >= {*settings.values()}
         found = shares(instances, together(fewer, instances))
     whole = shares(instances, together(llm, instances))
     assert all(found[task] >= whole[task] - lost for task in TASKS), (found, whole)

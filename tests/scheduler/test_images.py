@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from cierzo.cache.config import CacheConfig
 from cierzo.cache.manager import KVCacheManager
 from cierzo.scheduler.config import SchedulerConfig
 from cierzo.scheduler.cost import LEAST_CHUNK, SEEN_ENOUGH, CostLearner, StepCost, StepWork
-from cierzo.scheduler.images import Image, within
+from cierzo.scheduler.images import EmbeddingBook, Image, within
 from cierzo.scheduler.params import SamplingParams
 from cierzo.scheduler.plan import StepPlan, StepResult
 from cierzo.scheduler.request import NewRequest
@@ -63,6 +64,7 @@ class Machine:
         self.begun |= {one.key for one, _ in plan.begun}
         book = self.scheduler._images
         assert {*book._kept} - {*book._left} <= self.kept | self.begun, "it has as made what no plan makes"
+        assert not needed & book._left.keys(), "it has as unmade what the plan makes"
         if self.cost is not None and plan.work is not None:
             self.now += self.cost.seconds(plan.work)
         self.scheduler.commit(plan, StepResult([[7] if seq.samples else [] for seq in plan.seqs]))
@@ -122,7 +124,7 @@ def test_an_image_that_takes_longer_than_the_target_is_made_in_stages() -> None:
 
 
 def test_an_image_that_a_prefix_ends_inside_of_is_finished_in_stages() -> None:
-    """The rows of an image are found in the cache up to there, its embeddings are gone, and somebody decodes all the time."""
+    """Up to there its rows are found in the cache; its embeddings are gone, and somebody decodes all the time."""
     machine = Machine(max_step_s=0.1, image_stages=24, image_cache_tokens=1)
     shared = tuple(range(110))
 
@@ -164,11 +166,29 @@ def test_images_of_chunks_that_other_tenants_claim_are_not_made(seed: int) -> No
     room, seconds = rng.choice([1, 60, 500]), rng.choice([0.0, 0.05, 0.3])
     machine = Machine(**limits, image_cache_tokens=room, max_step_s=seconds, num_blocks=60, block_tokens=8)
     for number in range(1, 61):
-        pictures = (image(rng.randrange(10), number, 5, 5), image(60, number + 100, 5, 5))
+        name = number if seed % 2 else number // 8  # of its own, or shared
+        pictures = (image(rng.randrange(10), name, 5, 5), image(60, name + 100, 5, 5))
         tenant, weight = rng.choice("abc"), rng.choice([1.0, 4.0])
         machine.add(number, 150, *pictures, max_tokens=30, tenant=tenant, weight=weight)
         for _ in range(rng.randint(0, 4)):
             machine.step()
+
+
+def test_an_image_of_two_is_made_as_long_as_one_of_them_is_in_the_step() -> None:
+    book = EmbeddingBook(1, 4)
+    one, other = (
+        SimpleNamespace(
+            key=(number, 0), new=SimpleNamespace(images=(image(0, 1),)), inside_image=None, paid_images_end=0
+        )
+        for number in (1, 2)
+    )
+    book.begin_step()
+    for request in (one, other):
+        book.take(request, 0, 110)
+    book.withdraw({one.key})
+    assert book.lacking(other, 0, 110) == []
+    book.withdraw({other.key})
+    assert [missing.stages for missing in book.lacking(other, 0, 110)] == [4]
 
 
 class Held:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cierzo.engine.frontend.pixel_queue import PIECE_BYTES, TURN_BYTES, PixelQueue
 from cierzo.engine.messages import Abort, Pixels, PromptImage, SamplingParams, Submit
+from cierzo.engine.worker.images import PixelStore
 
 
 def submit(request_id, *sizes):
@@ -43,13 +46,29 @@ def test_pieces_come_image_by_image_and_then_the_request():
 
 def test_what_ends_a_request_that_waits_comes_right_behind_it_and_no_pixels_before():
     queue = PixelQueue()
-    assert queue.takes(submit(1, 9))
-    assert queue.takes(submit(2, 9))
-    assert not queue.takes(Abort(request_id=3))
-    assert queue.takes(Abort(request_id=1))
+    for request_id in (1, 2, 3):
+        assert queue.takes(submit(request_id, 9))
+    assert not queue.takes(Abort(request_id=4))
+    assert queue.takes(Abort(request_id=2))
     kinds = [(type(each), getattr(each, "request_id", None)) for each in drained(queue)]
-    assert kinds == [(Submit, 1), (Abort, 1), (Pixels, None), (Submit, 2)]
+    assert kinds == [(Pixels, None), (Submit, 1), (Submit, 2), (Abort, 2), (Pixels, None), (Submit, 3)]
     assert not queue.takes(Abort(request_id=2))
+
+
+def test_a_request_that_ends_halfway_through_its_pixels_leaves_none_in_the_core():
+    queue, store, asked = PixelQueue(), PixelStore(), submit(1, TURN_BYTES + PIECE_BYTES)
+    queue.takes(asked)
+    commands = [*queue.turn()]
+    assert queue.takes(Abort(request_id=1))
+    *pieces, last, end = commands + drained(queue)
+    for piece in pieces:
+        store.take(piece)
+    assert (last.request_id, end) == (1, Abort(request_id=1))
+    with pytest.raises(
+        ValueError, match="bytes of pixels for"
+    ):  # all have come; of an image there is none of this size
+        store.images(last)
+    assert store._coming == {}
 
 
 def test_a_turn_has_a_bound_and_may_be_left_in_the_middle():

@@ -53,8 +53,8 @@ def test_operations_make_their_configurations_once(told: dict[str, Any]) -> None
 
 
 def test_a_decode_layer_takes_few_times_its_launches(told: dict[str, Any]) -> None:
-    """With experts in NVFP4 4.0 times were reached, 10.3 us a launch where a prepared one takes 2.7; 3, or 8 us, are
-    aimed at."""
+    """With experts in NVFP4 4.0 times were reached, 10.3 us a launch where a prepared one takes 2.7; 3, or 8 us,
+    are aimed at."""
     formats = {"latents_of": "fp8", "absorbed_queries": "fp8", "linear_terms": "fp8", "expert_terms": "nvfp4"}
     layer = (*formats, "mla_values", "add_rms_norm", "route_groups")
     found = [told["operations"][f"{one}, {formats.get(one, 'bf16')}"] for one in layer]

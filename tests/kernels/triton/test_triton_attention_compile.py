@@ -48,8 +48,8 @@ def test_two_programs_of_decoding_share_a_multiprocessor(compiled: dict[str, Any
 
 @pytest.mark.parametrize(("pages", "instructions"), [("bf16", 540), ("fp8", 875)])
 def test_a_page_of_latents_takes_few_instructions(compiled: dict[str, Any], pages: str, instructions: int) -> None:
-    """Instructions of a warp for 64 tokens, as the worse of Triton 3.6 and 3.9 reaches it; none of them converts an e4m3 value
-    by itself."""
+    """Instructions of a warp for 64 tokens, as the worse of Triton 3.6 and 3.9 reaches it; none of them converts
+    an e4m3 value by itself."""
     report = compiled[f"mla_attend: mla_decode, small4, one row, {pages}"]
     assert not count(report, "F2F.")
     assert report["turn"]["issued"] <= instructions
