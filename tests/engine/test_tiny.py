@@ -141,7 +141,7 @@ def test_a_schema_is_followed_and_the_answer_stays_right(llm: LLM) -> None:
 def test_several_samples_are_all_right(llm: LLM) -> None:
     one = next(each for each in held_out("arithmetic", 20) if each.effort == "high")
     output = ask(llm, one, n=3, temperature=0.2, seed=1)
-    assert [is_right(one, output, sample) for sample in range(3)] == [True] * 3
+    assert [is_right(one, output.samples[sample]) for sample in range(3)] == [True] * 3
 
 
 def test_it_thinks_when_it_should(llm: LLM) -> None:

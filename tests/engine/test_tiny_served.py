@@ -14,12 +14,10 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_model import FOLDER, file_of, held_out, of_all_tasks
+from tiny_model import FOLDER, arguments, file_of, held_out, is_right, of_all_tasks
 
-from cierzo.bench.tiny.tasks import Instance
 from cierzo.engine.frontend.answer import Answer
 from cierzo.engine.frontend.client import Client
 
@@ -52,19 +50,6 @@ def served(tmp_path: Path) -> Iterator[Served]:
             yield Served(rpc, http, core)
         finally:
             server.send_signal(signal.SIGINT)
-
-
-def arguments(one: Instance) -> dict[str, Any]:
-    images = [] if one.image is None else [file_of(one)]
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": one.question}]
-    turn = {"role": "user", "content": content}
-    chosen = {"images": images or None, "tools": one.tools or None, "reasoning_effort": one.effort}
-    return {"messages": turn, "temperature": 0.0, "max_tokens": 64, **{key: it for key, it in chosen.items() if it}}
-
-
-def is_right(one: Instance, answer: Answer) -> bool:
-    calls = [(call.name, json.loads(call.arguments)) for call in answer.tool_calls]
-    return (answer.thinking, answer.text, calls) == (one.thinking, one.answer, [one.call] if one.call else [])
 
 
 def test_a_core_that_dies_changes_no_answer(served: Served) -> None:

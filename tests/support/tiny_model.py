@@ -36,16 +36,23 @@ def file_of(one: Instance) -> bytes:
     return file.getvalue()
 
 
-def ask(llm: LLM, one: Instance, **more: Any) -> Output:
-    """Ask a question, as a conversation's only turn."""
+def arguments(one: Instance) -> dict[str, Any]:
+    """A question as a conversation's only turn, and what it is asked with."""
     images = [] if one.image is None else [file_of(one)]
-    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": one.question}]
-    arguments = {"tools": one.tools or None, "reasoning_effort": one.effort, "images": images or None, **ANSWERED}
-    return llm.chat({"role": "user", "content": parts}, **(arguments | more))
+    turn = {
+        "role": "user",
+        "content": [*({"type": "image"} for _ in images), {"type": "text", "text": one.question}],
+    }
+    chosen = {"images": images, "tools": one.tools, "reasoning_effort": one.effort}
+    return {"messages": turn, **ANSWERED, **{name: value for name, value in chosen.items() if value}}
 
 
-def is_right(one: Instance, output: Output, sample: int = 0) -> bool:
-    """Whether text, thoughts and call are all as they should be."""
-    said = output.samples[sample]
+def ask(llm: LLM, one: Instance, **more: Any) -> Output:
+    """Ask a question."""
+    return llm.chat(**arguments(one) | more)
+
+
+def is_right(one: Instance, said: Any) -> bool:
+    """Whether text, thoughts and call are all as they should be, of an answer or a sample."""
     calls = [(call.name, json.loads(call.arguments)) for call in said.tool_calls]
     return (said.thinking, said.text, calls) == (one.thinking, one.answer, [one.call] if one.call else [])

@@ -405,6 +405,7 @@ deep.append(deep)
         ({"images": (Path(name) for name in "ab")}, "images[0]", "PosixPath"),
         ({"images": 3}, "images", "3"),
         ({"images": {b"x"}}, "images", "set"),
+        ({"images": {"url": "x"}}, "images", "{'url': 'x'}"),
     ],
 )
 def test_what_no_message_can_carry_is_refused_by_name(arguments, field, value):
