@@ -26,7 +26,7 @@ from cierzo.engine.weights.reader import CheckpointReader
 from cierzo.kernels.formats.packed import Matrix
 
 READERS = 8  # threads: disks in a network need several requests at a time
-PIECE_BYTES = 8 << 20  # read at a time
+PIECE_BYTES = 8 << 20  # read at a time, at most
 WINDOW_BYTES = 4 << 30  # read, and not yet asked for, at most: two of Small 4's largest matrices in FP8
 GAP_BYTES = 1 << 20  # between tensors that are read as one
 RELEASE_BYTES = 256 << 20  # of what a GPU's driver has read: then the pages are let go of
@@ -220,7 +220,10 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pieces(spans: list[_Span]) -> Iterator[tuple[int, int]]:
-    """Addresses [begin, end), of tensors that are neighbours together, at most PIECE_BYTES each."""
+    """Addresses [begin, end), of tensors that are neighbours together, in the multiples of PIECE_BYTES.
+
+    No two pieces share a huge page, then: who reads one of them would map it again after the other has let it go.
+    """
     stretches: list[_Span] = []
     for span in spans:
         last = stretches[-1] if stretches else span
@@ -229,5 +232,5 @@ def _pieces(spans: list[_Span]) -> Iterator[tuple[int, int]]:
         else:
             stretches.append(span)
     for begin, end in ((one.begin, one.end) for one in stretches):
-        for start in range(begin, end, PIECE_BYTES):
-            yield start, min(start + PIECE_BYTES, end)
+        for start in range(begin // PIECE_BYTES * PIECE_BYTES, end, PIECE_BYTES):
+            yield max(start, begin), min(start + PIECE_BYTES, end)

@@ -156,13 +156,13 @@ def test_what_was_read_takes_no_memory_of_this_process(tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.ones(1024, 4096)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
 
-    def resident_kb() -> int:
+    def resident_bytes() -> int:
         found, inside = 0, False
         for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             if "-" in line.partition(" ")[0]:
                 inside = line.endswith("model.safetensors")
             elif inside and line.startswith("Rss:"):
-                found += int(line.split()[1])
+                found += int(line.split()[1]) * 1024
         return found
 
     with CheckpointReader(tmp_path) as reader:
@@ -170,9 +170,10 @@ def test_what_was_read_takes_no_memory_of_this_process(tmp_path: Path) -> None:
         with ReadAhead({"lm_head.weight": tensor}, reader) as reading:
             assert reading.wait([tensor]) == tensor.nbytes
             assert reading.wait([tensor]) == 0
-        assert resident_kb() < 1024
+        # Where pieces meet, or the file begins, one thread may map a page that another has let go.
+        assert resident_bytes() <= 2 * mapping.HUGE_PAGE_BYTES < tensor.nbytes // 2
         assert float(tensor.sum()) == 1024 * 4096  # nothing of it is lost
-        assert resident_kb() >= 16 * 1024
+        assert resident_bytes() >= tensor.nbytes
 
 
 def test_memory_that_is_no_file_is_left_alone(tmp_path: Path) -> None:
