@@ -116,10 +116,10 @@ class EncoderHangs(Exception):
 @dataclass(slots=True, eq=False)
 class _Ticket:
     """A job on its way. `rank`: the lowest of a tenant's goes first. `frames`: the pieces of each; empty once it is
-    over. `num_bytes`: its length, by which it waits; `kept_bytes`: what is charged for it."""
+    over. `length_bytes`: of a text that takes as long; `kept_bytes`: what is charged for it."""
 
     frames: list[list[Buffer]]
-    num_bytes: int
+    length_bytes: int
     kept_bytes: int
     rank: float
     deadline_at_s: float
@@ -417,7 +417,7 @@ class Encoders:
         """Have a process do a job. One that takes long, and was twice found doing nothing, hangs: EncoderHangs."""
         assert seat.process is not None
         asking, since_s, idle = asyncio.ensure_future(pipe.ask(ticket.frames)), self._clock(), 0
-        length = ticket.kept_bytes if ticket.compiles else ticket.num_bytes
+        length = ticket.kept_bytes if ticket.compiles else ticket.length_bytes
         wait_s = PATIENCE_S + SLOWEST * length / self._bytes_per_s
         try:
             while not (await asyncio.wait({asking}, timeout=wait_s))[0]:

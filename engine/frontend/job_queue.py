@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 class Waiting(Protocol):
     """A job that waits. rank: of its tenant's the lowest goes first."""
 
-    num_bytes: int
+    length_bytes: int
     rank: float
     tenant: str
 
@@ -50,7 +50,7 @@ class JobQueue(Generic[T]):
         """Take the job that is due next, of those with at most so many bytes; None if there is none."""
         due: T | None = None
         for jobs in self._waiting.values():
-            fitting = (job for job in jobs if job.num_bytes <= most_bytes)
+            fitting = (job for job in jobs if job.length_bytes <= most_bytes)
             first = min(fitting, key=lambda job: job.rank, default=None)
             if first is not None and (due is None or self._given[first.tenant] < self._given[due.tenant]):
                 due = first
@@ -58,7 +58,7 @@ class JobQueue(Generic[T]):
             return None
         self.discard(due)
         self._level = max(self._level, self._given[due.tenant])
-        self._given[due.tenant] += due.num_bytes
+        self._given[due.tenant] += due.length_bytes
         self._given = {
             name: count for name, count in self._given.items() if name in self._waiting or count > self._level
         }

@@ -50,12 +50,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class Turn:
     """A long body that waits for the process. tenant: whose it is."""
 
-    __slots__ = ("is_due", "num_bytes", "rank", "tenant")
+    __slots__ = ("is_due", "length_bytes", "rank", "tenant")
 
-    def __init__(self, tenant: str, num_bytes: int) -> None:
+    def __init__(self, tenant: str, length_bytes: int) -> None:
         self.tenant = tenant
-        self.num_bytes = num_bytes
-        self.rank = float(num_bytes)
+        self.length_bytes = length_bytes
+        self.rank = float(length_bytes)
         self.is_due = asyncio.Event()
 
 

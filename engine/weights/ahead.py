@@ -220,10 +220,8 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pieces(spans: list[_Span]) -> Iterator[tuple[int, int]]:
-    """Addresses [begin, end), of tensors that are neighbours together, in the multiples of PIECE_BYTES.
-
-    No two pieces share a huge page, then: who reads one of them would map it again after the other has let it go.
-    """
+    """Addresses [begin, end), of tensors that are neighbours together, cut at multiples of PIECE_BYTES: of two
+    pieces that share a huge page, one maps it again after the other has let it go."""
     stretches: list[_Span] = []
     for span in spans:
         last = stretches[-1] if stretches else span

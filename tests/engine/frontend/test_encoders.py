@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -323,13 +324,47 @@ def test_the_shortest_goes_first_but_none_waits_for_ever(run, setup):
         order = []
         for seat in (short_seat, short_seat, short_seat, *[long_seat] * 4):
             if (ticket := encoders._next(seat)) is not None:
-                order.append(round(ticket.num_bytes, -3))
+                order.append(round(ticket.length_bytes, -3))
                 encoders._over(ticket)
         assert order == [1_000, 2_000, 300_000, 900_000, 2_000_000, 1_600_000]
         assert encoders.budget.num_bytes == 0
         for answer in answers:
             answer.cancel()
 
+    run(body())
+
+
+def test_an_image_takes_the_turn_the_patience_and_the_rate_of_a_long_text(run, setup):
+    """A file of 90 bytes may hold a picture that takes long: its process is not taken for one that hangs."""
+
+    async def ask(frames):
+        assert frames[2] == [b"x" * 90]
+        nonlocal now
+        now += 10
+        return "done"
+
+    async def body():
+        nonlocal now
+        encoders = Encoders(setup.frontend, setup, clock=lambda: now)
+        long_seat, _ = encoders._seats
+        job, text = Job(stream=1, features=[], has_attached=False), msgspec.msgpack.encode(said("hi"))
+        answers = [
+            encoders.submit(job, text, [], FAR, images=[[b"x" * 90]]),
+            submit(encoders, Generate(stream=2, text="x" * 300_000)),
+        ]
+        words, seen = encoders._next(long_seat), encoders._next(long_seat)
+        assert (seen.length_bytes, seen.kept_bytes) == (pool.IMAGE_BYTES + len(text) + 90, len(text) + 90)
+        assert SHORT_BYTES < words.length_bytes < seen.length_bytes
+        long_seat.process, encoders._bytes_per_s = SimpleNamespace(pid=os.getpid()), seen.length_bytes / 10
+        await encoders._ask(long_seat, SimpleNamespace(ask=ask), seen)
+        assert encoders._bytes_per_s == pytest.approx(seen.length_bytes / 10)
+        for ticket in (words, seen):
+            encoders._over(ticket)
+        for answer in answers:
+            answer.cancel()
+        assert encoders.budget.num_bytes == 0
+
+    now = 1000.0
     run(body())
 
 

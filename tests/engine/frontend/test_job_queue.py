@@ -16,7 +16,7 @@ from cierzo.engine.frontend.job_queue import JobQueue
 @dataclass(eq=False)
 class Job:
     tenant: str
-    num_bytes: int
+    length_bytes: int
     rank: float = 0.0
 
 
@@ -92,10 +92,10 @@ def test_tenants_that_wait_get_the_same_bytes(sizes, count):
     """As long as all have jobs waiting, nobody is ahead of another by more than the longest job."""
     queue, got = JobQueue[Job](), Counter()
     for number, each in enumerate(sizes):
-        for rank, num_bytes in enumerate(each):
-            queue.add(Job(str(number), num_bytes, rank))
+        for rank, length_bytes in enumerate(each):
+            queue.add(Job(str(number), length_bytes, rank))
     for _ in range(count):
         job = queue.take(math.inf)
-        got[job.tenant] += job.num_bytes
+        got[job.tenant] += job.length_bytes
     counts = [got[str(number)] for number in range(len(sizes))]
     assert max(counts) - min(counts) <= max(map(max, sizes))
