@@ -152,9 +152,26 @@ def test_what_is_used_makes_room(tmp_path: Path) -> None:
                 assert begun <= used_bytes + window_bytes + max(sizes.values())
 
 
+def large_tensor(folder: Path) -> CheckpointReader:
+    """A checkpoint of one tensor, of 16 MB of ones."""
+    save_file({"lm_head.weight": torch.ones(1024, 4096)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return CheckpointReader(folder)
+
+
+def test_a_large_tensor_is_read_in_pieces_without_gaps(tmp_path: Path) -> None:
+    with large_tensor(tmp_path) as reader:
+        tensor, disk = reader.read("lm_head.weight"), Disk()
+        with ReadAhead({"lm_head.weight": tensor}, reader, read=disk) as reading:
+            reading.wait([tensor])
+        begins, ends = zip(*sorted(disk.asked), strict=True)
+        assert {(begins[0], ends[-1])} == mapped_bytes(tensor)
+        assert begins[1:] == ends[:-1]
+        assert all(begin % ahead.PIECE_BYTES == 0 for begin in begins[1:])
+        assert len(begins) == -(-ends[-1] // ahead.PIECE_BYTES) - begins[0] // ahead.PIECE_BYTES
+
+
 def test_what_was_read_takes_no_memory_of_this_process(tmp_path: Path) -> None:
-    save_file({"lm_head.weight": torch.ones(1024, 4096)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
 
     def resident_bytes() -> int:
         found, inside = 0, False
@@ -165,7 +182,7 @@ def test_what_was_read_takes_no_memory_of_this_process(tmp_path: Path) -> None:
                 found += int(line.split()[1]) * 1024
         return found
 
-    with CheckpointReader(tmp_path) as reader:
+    with large_tensor(tmp_path) as reader:
         tensor = reader.read("lm_head.weight")
         with ReadAhead({"lm_head.weight": tensor}, reader) as reading:
             assert reading.wait([tensor]) == tensor.nbytes
