@@ -37,8 +37,8 @@ def launched_work(
     linear, experts, head = (formats.of(role) for role in ("linear", "experts", "head"))
     met, sparse = replace(formats, activations=formats.plain), s.layers - s.dense_layers
     parts: list[Part] = [
-        _plain(1, tokens, moved("rope_tables", s, tokens)),
-        _plain(1, step.absorbed_tokens, moved("plan", s, step.absorbed_tokens)),
+        (1, *_plain(tokens, moved("rope_tables", s, tokens))),
+        (1, *_plain(step.absorbed_tokens, moved("plan", s, step.absorbed_tokens))),
         *_attention(s, layout, formats, step),
         *((s.dense_layers, *one) for one in (_norm(s, tokens, linear, formats), _mlp(s, tokens, linear, formats))),
     ]
@@ -47,18 +47,18 @@ def launched_work(
         terms = replace(operations.expert_mlp(s, tokens, reached, experts), operation="expert_terms")
         parts += [
             (sparse, *_norm(s, tokens, linear, met)),  # the router's rows stay in the model's dtype
-            _plain(sparse, tokens, replace(operations.route(s, tokens), operation="route_groups")),
+            (sparse, *_plain(tokens, replace(operations.route(s, tokens), operation="route_groups"))),
             (sparse, *_weighted(tokens, experts, formats, terms)),
         ]
     parts += [
         (1, *_norm(s, step.sampled, linear, met)),
         (1, *_weighted(step.sampled, head, met, operations.lm_head(s, step.sampled, head))),
-        _plain(1, step.sampled, moved("draw", s, step.sampled)),
+        (1, *_plain(step.sampled, moved("draw", s, step.sampled))),
     ]
     return in_all_layers(s, [part for part in parts if part[0]])
 
 
-Rows = tuple[Number, str, Rate, Work]  # a Part without its layers
+InLayer = tuple[Number, str, Rate, Work]  # a Part without its layers
 
 
 def _attention(s: ModelSizes, layout: CacheLayout, formats: NumberFormats, step: StepShape) -> Iterator[Part]:
@@ -71,7 +71,7 @@ def _attention(s: ModelSizes, layout: CacheLayout, formats: NumberFormats, step:
     prompts = expanded, step.expanded_pairs, step.expanded_context, entry
 
     def plain(rows: Number, work: Work, kept: str = "bf16") -> Part:
-        return _plain(s.layers, rows, work, kept)
+        return s.layers, *_plain(rows, work, kept)
 
     def weighted(rows: Number, work: Work) -> Part:
         return s.layers, *_weighted(rows, format, formats, work)
@@ -109,21 +109,21 @@ def _linear_in(s: ModelSizes, rows: Number, k: int, n: int, format: str) -> Work
     return replace(operations.linear(s, rows, k, n, format), operation="linear_in")
 
 
-def _norm(s: ModelSizes, rows: Number, format: str, formats: NumberFormats) -> Rows:
+def _norm(s: ModelSizes, rows: Number, format: str, formats: NumberFormats) -> InLayer:
     """The norm of a sum; of rows that meet weights of a format, into codes where the product takes them."""
     if formats.measured_as(format) == format:
-        return _plain(1, rows, replace(operations.norm(s, rows, residual=True), operation="add_rms_norm"))[1:]
+        return _plain(rows, replace(operations.norm(s, rows, residual=True), operation="add_rms_norm"))
     work = operations.norm(s, rows, residual=True, row_bytes=int(stored("fp8", 1, s.hidden)))
     return _weighted(rows, format, formats, replace(work, operation="add_rms_norm_fp8"))
 
 
-def _mlp(s: ModelSizes, rows: Number, format: str, formats: NumberFormats) -> Rows:
+def _mlp(s: ModelSizes, rows: Number, format: str, formats: NumberFormats) -> InLayer:
     return _weighted(rows, format, formats, operations.gated_mlp(s, rows, format))
 
 
-def _weighted(rows: Number, format: str, formats: NumberFormats, work: Work) -> Rows:
+def _weighted(rows: Number, format: str, formats: NumberFormats, work: Work) -> InLayer:
     return rows, formats.measured_as(format), formats.rate(format), work
 
 
-def _plain(layers: int, rows: Number, work: Work, format: str = "bf16") -> Part:
-    return layers, rows, format, "bf16", work
+def _plain(rows: Number, work: Work, format: str = "bf16") -> InLayer:
+    return rows, format, "bf16", work

@@ -112,20 +112,25 @@ Part = tuple[int, Number, str, Rate, Work]  # layers, rows, format by the GPU be
 def in_all_layers(s: ModelSizes, parts: Sequence[Part]) -> list[Work]:
     """Works in all layers that have them, those of one operation together."""
     found: dict[str, Work] = {}
-    for layers, rows, format, rate, work in parts:
-        times = layers * np.minimum(rows, 1.0)  # nothing is read for no rows
-        work = replace(
-            work,
-            calls=layers,
-            num_bytes=times * work.num_bytes,
-            operations=times * work.operations,
-            replicated_bytes=times * work.replicated_bytes,
-            rate=rate,
-            width=s.hidden,
-            format=format,
-        )
+    for part in parts:
+        work = _in_layers(s, part)
         found[work.operation] = found[work.operation] + work if work.operation in found else work
     return [*found.values()]
+
+
+def _in_layers(s: ModelSizes, part: Part) -> Work:
+    layers, rows, format, rate, work = part
+    times = layers * np.minimum(rows, 1.0)  # nothing is read for no rows
+    return replace(
+        work,
+        calls=layers,
+        num_bytes=times * work.num_bytes,
+        operations=times * work.operations,
+        replicated_bytes=times * work.replicated_bytes,
+        rate=rate,
+        width=s.hidden,
+        format=format,
+    )
 
 
 def pages_of(layout: CacheLayout) -> str:
@@ -151,19 +156,8 @@ def tower_work(model: ModelConfig, formats: NumberFormats, embeddings: int) -> l
         (1, operations.linear(s, embeddings, hidden, s.hidden, plain)),
         (1, operations.linear(s, embeddings, s.hidden, s.hidden, plain)),
     ]
-    return [
-        replace(
-            work,
-            calls=calls,
-            num_bytes=calls * work.num_bytes,
-            operations=calls * work.operations,
-            replicated_bytes=calls * work.replicated_bytes,
-            rate=formats.rate(plain),
-            width=s.hidden,
-            format=formats.measured_as(plain if formats.on_gpu else formats.of("linear")),
-        )
-        for calls, work in parts
-    ]
+    format = formats.measured_as(plain if formats.on_gpu else formats.of("linear"))
+    return [_in_layers(s, (calls, patches, format, formats.rate(plain), work)) for calls, work in parts]
 
 
 def _attention(s: ModelSizes, layout: CacheLayout, step: StepShape) -> Iterator[tuple[Number, Work]]:
