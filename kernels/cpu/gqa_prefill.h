@@ -7,6 +7,11 @@
 
 namespace {
 
+// Brings a row to the first-level cache: rows of one head lie too far apart for the hardware to see them coming.
+INLINE void fetch(const void* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T0);
+}
+
 // Rows of keys and values of one head -> the panels that attention multiplies with.
 template <class T>
 class RowPanels {
@@ -62,11 +67,6 @@ class CachedKeysValues {
     }
 
    private:
-    // Rows of one head lie too far apart for the hardware to see them coming.
-    static INLINE void fetch(const uint8_t* row, int64_t bytes) {
-        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
-    }
-
     template <class Cached>
     void expand_from(int64_t head, int64_t tokens, flash::Word* keys, flash::Word* values) const {
         const int64_t head_bytes = head_row_bytes<Cached>(args_.width), row_bytes = args_.kv_heads * head_bytes;

@@ -407,9 +407,7 @@ INLINE F32 exp(F32 x) {
 // 2^x for x <= 0, relative error below 2e-7, exactly 1 at 0; 0 below -126; a NaN stays. 2^x = 2^n 2^r, |r| <= 1/2,
 // 2^r by the polynomial of degree 5 with the least relative error among those that are 1 at 0.
 INLINE F32 exp2(F32 x) {
-    const F32 clamped = max(set(-200), x);  // operand order keeps a NaN; an infinity would become one
-    const F32 n = round(clamped);
-    const F32 r = clamped - n;
+    const F32 n = round(x), r = x - n;  // NaN for an infinity, in whose place the zero goes
     F32 p = set(0.0013264727f);
     p = fma(p, r, set(0.009671513f));
     p = fma(p, r, set(0.055507337f));
@@ -417,7 +415,7 @@ INLINE F32 exp2(F32 x) {
     p = fma(p, r, set(0.69314698f));
     p = fma(p, r, set(1));
 #if CIERZO_AVX512
-    return where_less(x, set(-126), zero(), {_mm512_scalef_ps(p.v, n.v)});
+    return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, set(-126).v, _CMP_NLT_UQ), p.v, n.v)};
 #else
     return where_less(x, set(-126), zero(), p * power_of_two(n));
 #endif

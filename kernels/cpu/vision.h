@@ -23,6 +23,10 @@ class PatchKeysValues {
         const T* first_value = static_cast<const T*>(args_.values) + first_ * args_.v_stride + head * args_.width;
         for (int64_t t = 0; t < flash::round_up(tokens, flash::PANEL); t += LANES) {
             const int64_t valid = larger(0, smaller(LANES, tokens - t));
+            for (int64_t i = t + LANES; i < smaller(t + 2 * LANES, tokens); ++i) {
+                fetch(first_key + i * args_.k_stride, args_.width * int64_t(sizeof(T)));
+                fetch(first_value + i * args_.v_stride, args_.width * int64_t(sizeof(T)));
+            }
             panels_.put_keys(keys, t, valid, [&](int64_t i) { return run_at(first_key + (t + i) * args_.k_stride); });
             panels_.put_values(values, t, valid,
                                [&](int64_t i) { return run_at(first_value + (t + i) * args_.v_stride); });
