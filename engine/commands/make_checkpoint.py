@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", action="store_true", help="with a tekken.json that fits, so that it takes words and chats"
     )
     parser.add_argument("--vision", action="store_true", help="with a vision tower, so that it takes images")
+    parser.add_argument(
+        "--vision-scale", metavar="tiny|mini|full|X", help="of the tower, where it is not that of the text"
+    )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
@@ -53,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         progress=True,
         tokenizer=short_tekken if arguments.tokenizer else None,
-        vision=arguments.vision,
+        vision=arguments.vision or arguments.vision_scale is not None,
+        vision_scale=arguments.vision_scale,
     )
     print(describe(folder))
     return 0

@@ -33,6 +33,7 @@ def make_checkpoint(
     progress: bool = False,
     tokenizer: Callable[[int], bytes] | None = None,
     vision: bool = False,
+    vision_scale: str | float | None = None,
 ) -> Path:
     """Write a random checkpoint folder at `path`, whole or not at all, and return `path`.
 
@@ -43,7 +44,7 @@ def make_checkpoint(
     shards or other tensors.
     max_shard_bytes: size limit of one safetensors file. overwrite: replace an existing checkpoint folder.
     progress: show a bar. tokenizer: makes the tekken.json of a vocabulary of so many tokens. vision: with a tower,
-    under the names that Small 3.1 and Small 4 are published with.
+    under the names that Small 3.1 and Small 4 are published with, of `vision_scale` or, by default, of the text's.
 
     Raises ConfigError for an unknown like, scale, dtype, format or seed, or a format that does not fit the others;
     CheckpointError, with the numbers, when the disk has no room, and when `path` exists and `overwrite` is false.
@@ -55,7 +56,7 @@ def make_checkpoint(
     if not 0 <= seed <= _MAX_SEED:
         raise refusal("seed", f"an integer from 0 to {_MAX_SEED}", seed)
     format = check_format(checkpoint_format, shape, dtype)
-    tower = vision_shape_of(scale) if vision else None
+    tower = vision_shape_of(scale if vision_scale is None else vision_scale) if vision else None
     plans = tensor_plans(shape, format, _STORED[dtype], tower)
     config = shape.config(dtype)
     tekken = None if tokenizer is None else tokenizer(shape.vocab_size)

@@ -232,13 +232,18 @@ def shape_of(like: str, scale: str | float) -> Shape:
     preset = _PRESETS.get((like, str(scale)))
     if preset is not None:
         return preset
+    return _PRESETS[like, "full"].scaled(factor_of(scale))
+
+
+def factor_of(scale: str | float, field: str = "scale") -> float:
+    """A scale that is no name. Raises ConfigError naming the field for a factor outside (0, 1]."""
     try:
         factor = float(scale)
     except ValueError:
         factor = 0.0
     if not 0 < factor <= 1:  # a NaN is refused too
-        raise refusal("scale", "tiny, mini, full or a number in (0, 1]", scale)
-    return _PRESETS[like, "full"].scaled(factor)
+        raise refusal(field, "tiny, mini, full or a number in (0, 1]", scale)
+    return factor
 
 
 def named_model_config(name: str) -> ModelConfig | None:

@@ -13,7 +13,7 @@ import msgspec
 from cierzo.engine.fields import Fields
 from cierzo.engine.model.config import ModelConfig
 from cierzo.engine.model.config_json import parse_config
-from cierzo.engine.weights.shapes import NamedShape, named_model_config, shape_of
+from cierzo.engine.weights.shapes import NamedShape, factor_of, named_model_config, shape_of
 
 IMAGE_TOKEN_ID = 10
 PATCH, MERGE, MAX_SIDE_PX = 14, 2, 1540
@@ -101,11 +101,14 @@ class VisionShape:
 
 
 def vision_shape_of(scale: str | float) -> VisionShape:
-    """The tower beside a text model of this scale, which `shape_of` takes: heads and layers in proportion."""
+    """The tower beside a text model of this scale, of which `shape_of` says more: heads and layers in proportion.
+
+    Raises ConfigError for a factor outside (0, 1].
+    """
     presets = {"tiny": VisionShape(2, 2), "mini": VisionShape(4, 6), "full": VisionShape()}
     if str(scale) in presets:
         return presets[str(scale)]
-    whole, factor = VisionShape(), float(scale)
+    whole, factor = VisionShape(), factor_of(scale, "vision_scale")
     return VisionShape(max(1, round(whole.num_heads * factor)), max(1, round(whole.num_layers * factor)))
 
 

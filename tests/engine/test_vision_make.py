@@ -11,7 +11,7 @@ from vision_oracle import image
 
 from cierzo.engine.config import EngineOptions, resolve
 from cierzo.engine.cost.weights import NumberFormats, weight_bytes
-from cierzo.engine.errors import CheckpointError
+from cierzo.engine.errors import CheckpointError, ConfigError
 from cierzo.engine.model.read_config import read_model_config
 from cierzo.engine.weights.make import make_checkpoint
 from cierzo.engine.weights.shapes import shape_of
@@ -68,3 +68,12 @@ def test_a_tower_that_is_not_whole_is_refused_with_the_way_out(tmp_path: Path) -
         load_model(config)
     config = resolve(EngineOptions(model=str(without), kv_cache_gib=0.01, text_only=True))
     assert load_model(config)[0].tower is None
+
+
+def test_a_tower_may_have_a_scale_of_its_own(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "made", like="small4", vision=True, vision_scale=0.125)
+    vision = read_model_config(folder).vision
+    assert vision is not None
+    assert (vision.num_heads, vision.num_layers, read_model_config(folder).hidden_size) == (2, 3, 128)
+    with pytest.raises(ConfigError, match="vision_scale must be tiny, mini, full or a number in"):
+        make_checkpoint(tmp_path / "other", like="small4", vision=True, vision_scale="3")

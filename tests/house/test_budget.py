@@ -16,7 +16,7 @@ BUDGET = {
     "engine/testing": 1_050,
     "engine/model": 1_570,
     "engine/text": 5_600,
-    "engine/weights": 4_240,
+    "engine/weights": 4_250,
     "engine/worker": 5_010,
     "engine/commands": 900,
     "kernels": 630,
