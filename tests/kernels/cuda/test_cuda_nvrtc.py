@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import cuda_on_cpu
@@ -26,26 +27,42 @@ def kernels() -> list[Kernel]:
     return [kernel for module in modules for kernel in getattr(module, "KERNELS", ())]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@cache
+def cubin(name: str, architecture: str = "sm_90") -> bytes:
+    """A source compiled: route.cu takes seconds."""
+    return nvrtc.compile_cubin(program(name), options(architecture))
+
+
+@cache
+def listing(name: str) -> str:
+    """A source's machine code for sm_90."""
+    return nvrtc.disassembled(cubin(name))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_a_source_compiles_without_spills(path: Path, architecture: str) -> None:
-    text = program(path.name)
-    found = nvrtc.usage(nvrtc.compile_cubin(text, options(architecture)))
-    assert set(found) == set(cuda_on_cpu.kernel_names(text))
+    found = nvrtc.usage(cubin(path.name, architecture))
+    assert set(found) == set(cuda_on_cpu.kernel_names(program(path.name)))
     for name, used in found.items():
         print(f"{name} {architecture}: {used}")
         assert used.stack_bytes <= STACK_BYTES.get(name, 0), (name, used)
         assert used.registers <= MOST_REGISTERS, (name, used)
 
 
+# Products that flush subnormal numbers would take small logits, and weights of experts, for zero. (Sums and
+# comparisons that flush occur in the compiler's own division and square root, behind a test for what is no number.)
+FLUSHING = re.compile(r"\b(?:FFMA|FMUL|FMNMX)\S*\.FTZ")
+
+
 @pytest.mark.parametrize("name", ["route.cu", "sampling.cu", "draw.cu"])
 def test_subnormal_numbers_are_kept(name: str) -> None:
-    """Products that flush would take small logits, and weights of experts, for zero. (Sums and comparisons that
-    flush occur in the compiler's own division and square root, behind a test for what is no number.)"""
-    flushing = re.compile(r"\b(?:FFMA|FMUL|FMNMX)\S*\.FTZ")
-    assert not flushing.findall(nvrtc.disassembled(nvrtc.compile_cubin(program(name), options("sm_90"))))
-    flushed = nvrtc.compile_cubin(program(name), (*options("sm_90"), "--ftz=true"))
-    assert flushing.findall(nvrtc.disassembled(flushed))
+    assert not FLUSHING.findall(listing(name))
+
+
+def test_subnormal_numbers_that_are_flushed_would_be_found() -> None:
+    flushed = nvrtc.compile_cubin(program("draw.cu"), (*options("sm_90"), "--ftz=true"))
+    assert FLUSHING.findall(nvrtc.disassembled(flushed))
 
 
 def test_launchers_name_kernels_that_exist() -> None:
@@ -65,9 +82,8 @@ def test_a_source_that_does_not_compile_is_told() -> None:
 def test_loops_of_every_kernel_can_be_followed(path: Path) -> None:
     """Two of a draw divide within their loops, by a routine, and route_groups in the choice that follows: they have
     no main one; predicted.py needs none."""
-    listing = nvrtc.disassembled(nvrtc.compile_cubin(program(path.name), options("sm_90")))
     refused = []
-    for name, code in loops.functions(listing).items():
+    for name, code in loops.functions(listing(path.name)).items():
         loops.loops(code)
         try:
             loops.main_loop(code)
