@@ -3,9 +3,9 @@
 A Mistral 4 with a vision tower, of 1.7 million parameters, learns the tasks of bench/tiny/tasks.py from scratch,
 and is written as a checkpoint of 3.5 MB. transformers computes it; cierzo only serves it.
 
-tests/data/tiny is one, of 25 minutes on one CPU core that other programs had half of. Its first 2,800 steps had
-arithmetic whose numbers told the effort already; 600 more, with `--begin FOLDER --steps 600 --rate 0.004 --seed 1`,
-taught it to go by the effort. More than 95 % of each task's held-out instances are then right.
+tests/data/tiny is one, of the defaults: 17 minutes on one core of a Zen 4 (`OMP_NUM_THREADS=1`). More than 95 % of
+each task's held-out instances are right then, which is printed at the end. Other seeds and lengths of training may
+stop short of that: with seed 0 and 4,000 steps, a tenth of the instances held out, images had 91 %.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cierzo.bench.tiny.tasks import TASKS, drawn
 from cierzo.bench.tiny.words import END, IMAGE, NUM_TOKENS, Writer, tekken
 
 TEXT: dict[str, Any] = {
+    "dtype": "bfloat16",
     "vocab_size": NUM_TOKENS,
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -64,6 +65,7 @@ TEXT: dict[str, Any] = {
     },
 }
 VISION: dict[str, Any] = {
+    "dtype": "bfloat16",
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -74,7 +76,7 @@ VISION: dict[str, Any] = {
     "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-STEPS = 2800
+STEPS = 3600
 RATE = 0.012  # of learning, for matrices
 OUTER_RATE = 0.25  # of RATE, for what AdamW moves: vectors, patches and OUTER
 OUTER = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
@@ -98,6 +100,7 @@ def new_model(writer: Writer) -> Any:
     config = transformers.Mistral3Config(
         text_config=text,
         vision_config=vision,
+        dtype="bfloat16",
         image_token_index=IMAGE,
         spatial_merge_size=2,
         tie_word_embeddings=False,

@@ -145,12 +145,13 @@ def test_several_samples_are_all_right(llm: LLM) -> None:
 
 
 def test_it_thinks_when_it_should(llm: LLM) -> None:
-    instances = [one for one in held_out("arithmetic", 30, seed=8) if one.effort == "none"]
-    for effort, kinds in (("high", ["thinking", "text"]), ("none", ["text"])):
+    """It is right more often then."""
+    instances = [one for one in held_out("arithmetic", 90, seed=8) if one.effort == "none"]
+    for effort, kinds, least in (("high", ["thinking", "text"], LEAST), ("none", ["text"], 0.8)):
         outputs = [ask(llm, one, reasoning_effort=effort) for one in instances]
         assert [[part.kind for part in output.parts] for output in outputs] == [kinds] * len(instances)
         right = [output.text == one.answer for one, output in zip(instances, outputs, strict=True)]
-        assert sum(right) >= 0.9 * len(instances)
+        assert sum(right) >= least * len(instances)
 
 
 # Settings of fewer bits, and the share of answers that may be lost by each.
