@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 SHORT_BYTES = 256 * 1024  # what the process for short jobs takes
 IMAGE_BYTES = 512 * 1024  # an image takes as long as so much text, and the process for short jobs takes none
+_SEES = re.compile(rb"[\xa6\x06]images|(?i:data:image/)")  # a message that holds its images; some text seems to
 AGEING_BYTES_PER_S = 1024 * 1024.0  # a job that waits a second is as good as one so much shorter
 LONGEST_JOB_S = 300.0  # past any deadline that a client may set: a template can run in circles
 GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
@@ -264,7 +266,8 @@ class Encoders:
         self.budget.take(num_bytes, tenant)
         compiles = job.method == COMPILE
         # How long a grammar takes, its length does not tell; of an image, even a short file.
-        length = 1 if compiles else num_bytes + IMAGE_BYTES * len(images)
+        num_images = len(images) or bool(_SEES.search(body))
+        length = 1 if compiles else num_bytes + IMAGE_BYTES * num_images
         ticket = _Ticket(
             [
                 [msgspec.msgpack.encode(job)],

@@ -9,6 +9,7 @@ another one.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -29,6 +30,9 @@ _ORIENTATION = 0x0112  # of EXIF
 _TURNED = (5, 6, 7, 8)  # its values that swap width and height
 _CUBIC_A = -0.75
 _BLOCK_ROWS = 64  # of output that are resized at a time: what that takes besides is a few megabytes
+# Of a JPEG, in each of which all its pixels may be gone through again; the usual progressive one has ten.
+MAX_JPEG_SCANS = 64
+_SCAN = b"\xff\xda"  # of a JPEG; within a scan's data a zero follows 0xff
 DIGEST_BYTES = 16
 MAX_REASON_CHARS = 200
 
@@ -82,14 +86,22 @@ def resized(image: NDArray[np.uint8] | NDArray[np.float32], width: int, height: 
     out = np.empty((height, width, image.shape[2]), np.float32)
     for start in range(0, height, _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        near, weights = rows[block], by_row[block, :, None, None]
-        lines = weights[:, 0] * image[near[:, 0]].astype(np.float32)
-        for tap in range(1, 4):
-            lines += weights[:, tap] * image[near[:, tap]].astype(np.float32)
-        out[block] = by_column[:, 0, None] * lines[:, columns[:, 0]]
-        for tap in range(1, 4):
-            out[block] += by_column[:, tap, None] * lines[:, columns[:, tap]]
+        needed, near = np.unique(rows[block], return_inverse=True)
+        near = near.reshape(-1, 4)
+        # Along the rows first, as opencv does: of a row with millions of pixels `width` are made, and no more.
+        lines = _weighted(by_column[:, :, None], image[needed], columns, axis=1)
+        out[block] = _weighted(by_row[block, :, None, None], lines, near, axis=0)
     return out
+
+
+def _weighted(
+    weights: NDArray[np.float32], pixels: NDArray[np.uint8] | NDArray[np.float32], near: NDArray[np.intp], axis: int
+) -> NDArray[np.float32]:
+    """The sum of four neighbours along an axis. near: [n, 4], their places; weights: [n, 4, ...]."""
+    total: NDArray[np.float32] = weights[:, 0] * pixels.take(near[:, 0], axis)
+    for tap in range(1, 4):
+        total += weights[:, tap] * pixels.take(near[:, tap], axis)
+    return total
 
 
 def _taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
@@ -136,10 +148,16 @@ def _opened(file: bytes, field: str, limits: ImageLimits) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the next line is stricter
             image = Image.open(io.BytesIO(file), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise _too_large(field, limits, str(error)) from error
+        num_pixels = re.search(r"\d+", str(error))  # Pillow says them before we can ask
+        raise _too_large(field, limits, int(num_pixels[0]) if num_pixels else 0) from error
+    except UnidentifiedImageError as error:
+        raise _no_image(field, "it is of another format, or cut" if file else "it is empty") from error
     except Exception as error:  # what a decoder of other people's files may raise
-        raise _undecodable(field, error) from error
+        raise _broken(field, "file", error) from error
     _check_pixels(*image.size, field, limits)
+    if image.format == "JPEG" and (scans := file.count(_SCAN)) > MAX_JPEG_SCANS:
+        what = f"{field} is a JPEG of {scans} scans, allowed: {MAX_JPEG_SCANS}"
+        raise InvalidRequest(what, field=field, limit=f"{MAX_JPEG_SCANS} scans", value=scans)
     frames = getattr(image, "n_frames", 1) if image.format in _STILL else 1
     if frames != 1:
         what = f"{field} is an animated {image.format} of {frames} frames"
@@ -149,21 +167,23 @@ def _opened(file: bytes, field: str, limits: ImageLimits) -> Image.Image:
 
 def _check_pixels(width: int, height: int, field: str, limits: ImageLimits) -> None:
     if width * height > limits.max_image_pixels:
-        raise _too_large(field, limits, f"{width} x {height} pixels", width * height)
+        raise _too_large(field, limits, width * height, f" ({width} x {height})")
 
 
-def _too_large(field: str, limits: ImageLimits, said: str, value: object = None) -> InvalidRequest:
-    what = f"{field} has too many pixels: {said[:MAX_REASON_CHARS]}, allowed: {limits.max_image_pixels}"
-    limit = f"{limits.max_image_pixels} pixels"
-    return InvalidRequest(f"{what} (max_image_pixels)", field=field, limit=limit, value=value or said)
+def _too_large(field: str, limits: ImageLimits, num_pixels: int, sides: str = "") -> InvalidRequest:
+    most = limits.max_image_pixels
+    what = f"{field} has {num_pixels} pixels{sides}, allowed: {most} (max_image_pixels)"
+    return InvalidRequest(what, field=field, limit=f"{most} pixels", value=num_pixels)
 
 
-def _undecodable(field: str, error: Exception) -> InvalidRequest:
-    is_none = isinstance(error, UnidentifiedImageError)
-    said = "it is of another format, or cut" if is_none else f"{type(error).__name__}: {error}"
+def _no_image(field: str, said: str) -> InvalidRequest:
     known = ", ".join(FORMATS)
-    what = f"{field} is no whole image of {known}: {said[:MAX_REASON_CHARS]}"
-    return InvalidRequest(what, field=field, limit=known, value=said[:MAX_REASON_CHARS])
+    what = f"{field} is no whole image of {known}: {said}"
+    return InvalidRequest(what, field=field, limit=known, value=said)
+
+
+def _broken(field: str, kind: str, error: Exception) -> InvalidRequest:
+    return _no_image(field, f"a {kind} that is cut or broken ({type(error).__name__}: {error})"[:MAX_REASON_CHARS])
 
 
 def _webp_size(file: bytes) -> tuple[int, int] | None:
@@ -198,7 +218,7 @@ def _decoded(image: Image.Image, field: str, limits: ImageLimits) -> NDArray[np.
     except InvalidRequest:
         raise
     except Exception as error:  # what a decoder of other people's files may raise
-        raise _undecodable(field, error) from error
+        raise _broken(field, image.format or "file", error) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -347,18 +347,19 @@ def test_an_image_takes_the_turn_the_patience_and_the_rate_of_a_long_text(run, s
         nonlocal now
         encoders = Encoders(setup.frontend, setup, clock=lambda: now)
         long_seat, _ = encoders._seats
-        job, text = Job(stream=1, features=[], has_attached=False), msgspec.msgpack.encode(said("hi"))
-        answers = [
-            encoders.submit(job, text, [], FAR, images=[[b"x" * 90]]),
-            submit(encoders, Generate(stream=2, text="x" * 300_000)),
-        ]
-        words, seen = encoders._next(long_seat), encoders._next(long_seat)
-        assert (seen.length_bytes, seen.kept_bytes) == (pool.IMAGE_BYTES + len(text) + 90, len(text) + 90)
-        assert SHORT_BYTES < words.length_bytes < seen.length_bytes
+        job, body = Job(stream=1, features=[], has_attached=False), msgspec.msgpack.encode(said("hi"))
+        url = {"type": "image", "url": "DATA:image/png;base64,AAAA"}
+        within = [Generate(stream=1, token_ids=[5], images=[b"x" * 90]), said([url])]
+        answers = [submit(encoders, message) for message in within]
+        answers.append(encoders.submit(job, body, [], FAR, images=[[b"x" * 90]]))
+        assert encoders._next(encoders._seats[1]) is None
+        *others, seen = (encoders._next(long_seat) for _ in answers)
+        assert all(SHORT_BYTES < pool.IMAGE_BYTES < one.length_bytes for one in others)
+        assert (seen.length_bytes, seen.kept_bytes) == (pool.IMAGE_BYTES + len(body) + 90, len(body) + 90)
         long_seat.process, encoders._bytes_per_s = SimpleNamespace(pid=os.getpid()), seen.length_bytes / 10
         await encoders._ask(long_seat, SimpleNamespace(ask=ask), seen)
         assert encoders._bytes_per_s == pytest.approx(seen.length_bytes / 10)
-        for ticket in (words, seen):
+        for ticket in (*others, seen):
             encoders._over(ticket)
         for answer in answers:
             answer.cancel()

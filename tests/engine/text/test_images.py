@@ -193,6 +193,29 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
     assert peak < 1_000_000
 
 
+def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded():
+    """Every scan may go through all pixels again: a hundred bytes of file take as long as the picture."""
+    file = picture(64, 64, "JPEG", progressive=True)
+    begin, end = file.rindex(b"\xff\xda"), file.rindex(b"\xff\xd9")
+    usual = file.count(b"\xff\xda")
+    most = file[:end] + file[begin:end] * (images.MAX_JPEG_SCANS - usual) + file[end:]
+    assert 1 < usual < 20
+    assert prepared(most).grid == prepared(file).grid
+    error = refused(file[:end] + file[begin:end] * 500 + file[end:])
+    assert (error.limit, error.value) == ("64 scans", str(usual + 500))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1_000_000, 1), (1, 1_000_000), (20_000, 50)])
+def test_a_long_and_narrow_image_takes_little_memory(width, height):
+    file = file_of(Image.new("1", (width, height), 1))
+    assert len(file) < 3000
+    tracemalloc.start()
+    assert (rgb(file) > 254).all()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 16 * width * height + (32 << 20)
+
+
 def test_a_limit_of_pixels_holds_exactly():
     limits = ImageLimits(4, 1 << 20, 40 * 30, 4000)
     assert prepared(picture(40, 30), limits)
