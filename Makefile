@@ -55,13 +55,15 @@ $(STAMP): Makefile setup.py pyproject.toml
 # one made without kernels stays so until another value asks for them.
 CHANGED = $(filter-out $(shell cat $(KERNELS) 2>/dev/null),$(CIERZO_NATIVE))
 $(KERNELS): $(STAMP) $(wildcard kernels/cpu/*.h kernels/cpu/*.cpp) kernels/cpu/abi.py $(if $(CHANGED),again)
+	@echo "compiling the C++ kernels: a minute or two"
 	CIERZO_NATIVE=$(NATIVE) $(BIN)/python setup.py -q build_ext --inplace
 	@echo $(NATIVE) > $@
 
 NATIVE = $(or $(CIERZO_NATIVE),$(shell cat $(KERNELS) 2>/dev/null),1)
 
 # MODEL=tiny, a few megabytes that come with the source, sees images and thinks where EFFORT=high says so.
-demo: $(KERNELS) ## ask a real model one question, through a server that starts for it; MODEL=tiny: a tiny one
+demo: $(KERNELS) ## ask a real model one question, through a server that starts for it; MODEL=tiny: a tiny one, without
+	@$(if $(MODEL),,$(if $(IMAGE)$(EFFORT),$(error IMAGE and EFFORT need MODEL=tiny, or MODEL=FOLDER of a checkpoint)))
 	@$(if $(MODEL),$(BIN)/cierzo generate $(MODEL:tiny=tests/data/tiny) --message="$$DEMO_PROMPT" --temperature 0 \
 	  $(if $(IMAGE),--image "$(IMAGE)") $(if $(EFFORT),--reasoning-effort $(EFFORT)),$(BIN)/cierzo demo --prompt="$$DEMO_PROMPT")
 

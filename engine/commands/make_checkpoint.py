@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vision", action="store_true", help="with a vision tower, so that it takes images")
     parser.add_argument(
-        "--vision-scale", metavar="tiny|mini|full|X", help="of the tower, where it is not that of the text"
+        "--vision-scale", metavar="tiny|mini|full|X", help="with a tower of this scale, not of the text's"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")

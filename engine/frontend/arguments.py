@@ -170,6 +170,8 @@ def _file(value: Any, field: str) -> bytes:
     what = f"{field}: expected {limit}, got {_kind(value)}"
     if isinstance(value, str | PathLike):
         what += "; no path or URL is opened: read it, as by Path(...).read_bytes()"
+    elif hasattr(value, "save"):
+        what += "; save it as a PNG into a BytesIO, whose getvalue() are such bytes"
     raise InvalidRequest(what, field=field, limit=limit, value=shown(value))
 
 

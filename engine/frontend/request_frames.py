@@ -35,7 +35,9 @@ def check_request(message: Generate, welcome: Welcome) -> None:
         _refuse("images", len(message.images), "max_images", limits.max_images)
     for number, file in enumerate(message.images):
         if len(file) > limits.max_image_bytes:
-            _refuse(f"images[{number}]", len(file), "max_image_bytes", limits.max_image_bytes)
+            most = limits.max_image_bytes
+            what = f"images[{number}] has {len(file)} bytes, allowed: {most} (max_image_bytes)"
+            raise InvalidRequest(what, field=f"images[{number}]", limit=f"{most} bytes", value=len(file))
     if message.token_ids is not None:
         num_tokens = len(message.token_ids) + len(message.output_token_ids)
         if num_tokens >= limits.max_model_len:

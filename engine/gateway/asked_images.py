@@ -46,7 +46,8 @@ def address(place: str, url: str, hosts: tuple[str, ...]) -> SplitResult:
     that which the host is listed with. Raises InvalidRequest for any other."""
     limit = f"{DATA}, or http or https of: {', '.join(hosts)}" if hosts else DATA
     refused = InvalidRequest(
-        f"{place} is {shown(url)!r}, allowed: {limit}" + ("" if hosts else "; no address is fetched"),
+        f"{place} is {shown(url)!r}, allowed: {limit}"
+        + ("" if hosts else "; no address is fetched, no file opened"),
         field=place,
         limit=limit,
         value=shown(url),

@@ -15,7 +15,7 @@ BUDGET = {
     "engine/gateway": 6_040,
     "engine/testing": 1_050,
     "engine/model": 1_570,
-    "engine/text": 5_600,
+    "engine/text": 5_620,
     "engine/weights": 4_250,
     "engine/worker": 5_010,
     "engine/commands": 900,

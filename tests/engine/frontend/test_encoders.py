@@ -279,11 +279,11 @@ def test_a_deadline_ends_a_job_that_waits_and_one_that_runs(run, setup, spawned,
 
     async def body():
         async with running(setup, spawned) as encoders:
-            now = encoders._clock()
-            first, second = (
-                submit(encoders, said("!" + "x" * SHORT_BYTES), now + 1.5 + n * 1e-3) for n in range(2)
-            )
-            await spawned.asked.get()  # by the one process that takes long ones
+            await submit(encoders, said("x" * SHORT_BYTES))  # the one process that takes long ones has started
+            spawned.asked.get_nowait()
+            late_s, long = encoders._clock() + 1.5, said("!" + "x" * SHORT_BYTES)
+            first, second = (submit(encoders, long, late_s + n * 1e-3) for n in range(2))
+            await spawned.asked.get()
             for answer in (first, second):
                 with pytest.raises(Late):
                     await answer
@@ -348,8 +348,8 @@ def test_an_image_takes_the_turn_the_patience_and_the_rate_of_a_long_text(run, s
         encoders = Encoders(setup.frontend, setup, clock=lambda: now)
         long_seat, _ = encoders._seats
         job, body = Job(stream=1, features=[], has_attached=False), msgspec.msgpack.encode(said("hi"))
-        url = {"type": "image", "url": "DATA:image/png;base64,AAAA"}
-        within = [Generate(stream=1, token_ids=[5], images=[b"x" * 90]), said([url])]
+        within = [said([{"type": "image", "url": "DATA:image/png;base64,AAAA"}])]
+        within.append(Generate(stream=1, token_ids=[5], images=[b"x" * 90]))
         answers = [submit(encoders, message) for message in within]
         answers.append(encoders.submit(job, body, [], FAR, images=[[b"x" * 90]]))
         assert encoders._next(encoders._seats[1]) is None
@@ -359,9 +359,8 @@ def test_an_image_takes_the_turn_the_patience_and_the_rate_of_a_long_text(run, s
         long_seat.process, encoders._bytes_per_s = SimpleNamespace(pid=os.getpid()), seen.length_bytes / 10
         await encoders._ask(long_seat, SimpleNamespace(ask=ask), seen)
         assert encoders._bytes_per_s == pytest.approx(seen.length_bytes / 10)
-        for ticket in (*others, seen):
+        for ticket, answer in zip((*others, seen), answers, strict=True):
             encoders._over(ticket)
-        for answer in answers:
             answer.cancel()
         assert encoders.budget.num_bytes == 0
 

@@ -150,7 +150,7 @@ def test_a_lenient_server_passes_over_the_unknown_and_names_it(rules):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
             "messages[0].content[0].image_url.url",
-            "'http://x', allowed: data:image/...;base64,...; no address is fetched",
+            "'http://x', allowed: data:image/...;base64,...; no address is fetched, no file opened",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
