@@ -392,7 +392,7 @@ class Encoders:
             _set(answer, error)
         except TimeoutError:
             log.error("an encoder process is replaced: its job was not done within %.3g s", limit_s)
-            _set(answer, _not_done(ticket, limit_s))
+            _set(answer, _not_done(ticket, limit_s) if limit_s == longest_s else Late())
             return False
         except (EncoderDied, EncoderHangs) as error:
             is_stopped = isinstance(error, EncoderHangs) and error.is_stopped

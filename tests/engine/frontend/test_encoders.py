@@ -275,7 +275,7 @@ def test_a_job_that_takes_long_is_let_be_while_its_process_works(run, setup, spa
 
 
 def test_a_deadline_ends_a_job_that_waits_and_one_that_runs(run, setup, spawned, monkeypatch):
-    monkeypatch.setattr(pool, "GRACE_S", 0.5)
+    monkeypatch.setattr(pool, "GRACE_S", 0.1)
 
     async def body():
         async with running(setup, spawned) as encoders:
