@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -97,6 +97,8 @@ class Maker:
 
     def noise(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Normal values; the same ones again and again."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
         count = torch.Size(shape).numel()
         values = torch.randn(NOISE, generator=torch.Generator().manual_seed(self.seed)).to(self.device, dtype)
         return values.repeat(count // NOISE + 1)[:count].view(shape)
@@ -108,6 +110,10 @@ class Maker:
     def matrix(self, *shape: int, paired: bool = False, block: tuple[int, int] | None = None) -> Matrix:
         """Weights [n,k] or [experts,n,k]. paired: outputs of a gate above those that it multiplies. block: rows and
         columns of a scale of FP8; one a row by default."""
+        return _on_meta(self.format, shape, block) if self.device == "meta" else self.matrix_of(shape, block)
+
+    def matrix_of(self, shape: tuple[int, ...], block: tuple[int, int] | None) -> Matrix:
+        """A matrix of its own; see `matrix`."""
         plain, block = self.plain(*shape), block if self.weights == "fp8" else None
         if self.format == "bf16":
             return plain
@@ -125,6 +131,12 @@ class Maker:
         first = make()
         num_bytes = sum(one.nbytes if isinstance(one, Tensor) else one.num_bytes for one in first)
         return [first, *(make() for _ in range(self.cold_bytes // num_bytes))]
+
+
+@cache
+def _on_meta(format: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Matrix:
+    """A matrix that holds nothing: one for all cells, since making it takes as long as it would with values."""
+    return Maker(format, "meta").matrix_of(shape, block)
 
 
 # Arguments of the bound function, for calls in turn; and the work of each.
