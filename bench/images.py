@@ -1,9 +1,9 @@
 """`python -m cierzo.bench.images CHECKPOINT`: the time to the first token of a prompt with an image, and memory.
 
-A conversation of some words and a random image is asked for one token, by `LLM` in this process, decoding of the
-file included. Its image is, in turn: new, so that the tower runs; known, behind other words, so that its embeddings
-are in the cache and no more; in the same prompt as before, of which the prefix cache has most. As many tokens of
-words alone show what the text model takes. The checkpoint has a tokenizer and a tower:
+A conversation of a system's words and a random image is asked for one token, by `LLM` in this process, decoding of
+the file included. Its image is, in turn: new, so that the tower runs; known, behind other words, so that its
+embeddings are in the cache and no more; in the same prompt as before, of which the prefix cache has most. As many
+tokens of words alone show what the text model takes. The checkpoint has a tokenizer and a tower:
 
     cierzo make-checkpoint FOLDER --like small4 --scale mini --tokenizer --vision-scale full
 """
@@ -36,6 +36,7 @@ from cierzo.engine.options import add_checkpoint, positive
 PROGRAM = "cierzo.bench.images"
 SIZES = ("640x480", "1024x1024")
 WORD_IDS = (100, 1000)  # tokens that stand for words in every checkpoint
+WARM_TOKENS = 500
 
 
 class FirstTokenRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,9 +74,9 @@ def measure(llm: LLM, width: int, height: int, repeats: int) -> FirstTokenRow:
     for number in range(repeats + 1):
         file = picture(width, height, seed=number)
         for name, words in (("new_s", "What"), ("known_s", "And what"), ("same_s", "And what")):
-            parts = [{"type": "text", "text": f"{number}: {words} is to be seen here?"}, {"type": "image"}]
-            turn = {"role": "user", "content": parts}
-            tokens = timed(name, partial(llm.chat, turn, images=[file], max_tokens=1))
+            before = {"role": "system", "content": f"{number}: {words} is to be seen here?"}
+            turns = [before, {"role": "user", "content": [{"type": "image"}]}]
+            tokens = timed(name, partial(llm.chat, turns, images=[file], max_tokens=1))
         ids = np.random.default_rng(number).integers(*WORD_IDS, (1, tokens))
         timed("words_s", partial(llm.generate, ids, max_tokens=1))
     new, known, same, words_alone = (tuple(each[1:]) for each in seconds.values())
@@ -132,7 +133,8 @@ def _run(arguments: argparse.Namespace) -> int:
     with LLM(arguments.checkpoint, text_only=arguments.text_only) as llm:
         if llm.config.model.vision is None and not arguments.text_only:
             raise ConfigError(f"{arguments.checkpoint} has no vision tower", field="checkpoint")
-        llm.generate([[1, 5, 5]], max_tokens=1)  # the model is loaded with the first call
+        # Weights are mapped files: in memory once they have been used, by a prompt that meets all experts.
+        llm.generate(np.random.default_rng(0).integers(*WORD_IDS, (1, WARM_TOKENS)), max_tokens=1)
         loaded_gb = resident_gb()
         sizes = [] if arguments.text_only else arguments.sizes
         pairs = progress(sizes, desc="images")

@@ -25,8 +25,8 @@ def test_an_image_is_new_then_known_then_in_the_same_prompt(monkeypatch: pytest.
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
     class Engine:
-        def chat(self, turn: dict[str, Any], images: list[bytes], max_tokens: int) -> Any:
-            for found in (images[0], turn["content"][0]["text"]):
+        def chat(self, turns: list[dict[str, Any]], images: list[bytes], max_tokens: int) -> Any:
+            for found in (images[0], turns[0]["content"]):
                 clock[0] += 0 if found in seen else 2
                 seen.add(found)
             clock[0] += 1
