@@ -75,7 +75,7 @@ def measure(llm: LLM, width: int, height: int, repeats: int) -> FirstTokenRow:
         file = picture(width, height, seed=number)
         for name, words in (("new_s", "What"), ("known_s", "And what"), ("same_s", "And what")):
             before = {"role": "system", "content": f"{number}: {words} is to be seen here?"}
-            turns = [before, {"role": "user", "content": [{"type": "image"}]}]
+            turns: list[dict[str, Any]] = [before, {"role": "user", "content": [{"type": "image"}]}]
             tokens = timed(name, partial(llm.chat, turns, images=[file], max_tokens=1))
         ids = np.random.default_rng(number).integers(*WORD_IDS, (1, tokens))
         timed("words_s", partial(llm.generate, ids, max_tokens=1))
