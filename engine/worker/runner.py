@@ -211,7 +211,8 @@ class ModelRunner:
         return rows, sample_rows
 
     def _embed(self, image: Image) -> Iterator[Tensor | None]:
-        """Take an image through the tower's stages. Raises ValueError for a model that takes no images."""
+        """Take an image through the tower's stages, the first of which reads the pixels: their staging has other
+        images' by the next. Raises ValueError for a model that takes no images."""
         if self._tower is None:
             raise ValueError("the model takes no images")
         pixels = image.pixels

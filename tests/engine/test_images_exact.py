@@ -55,11 +55,12 @@ class Tower:
 
     def __call__(self, pixels: Tensor) -> Iterator[Tensor | None]:
         assert pixels.dtype == torch.float32
+        rows, columns = pixels.shape[0] // UNIT, pixels.shape[1] // UNIT
+        # in the first stage: later ones may find another image's in the same memory
+        tokens = pixels.view(rows, UNIT, columns, UNIT, 3).transpose(1, 2).reshape(rows * columns, -1).double()
         yield None
         yield None
         self.seen += 1
-        rows, columns = pixels.shape[0] // UNIT, pixels.shape[1] // UNIT
-        tokens = pixels.view(rows, UNIT, columns, UNIT, 3).transpose(1, 2).reshape(rows * columns, -1).double()
         yield (tokens[:, :, None] * self._weight).sum(1).to(self._dtype)
 
 
