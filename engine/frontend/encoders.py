@@ -266,7 +266,8 @@ class Encoders:
         self.budget.take(num_bytes, tenant)
         compiles = job.method == COMPILE
         # How long a grammar takes, its length does not tell; of an image, even a short file.
-        num_images = len(images) or bool(_SEES.search(body))
+        # A message that is longer is no short job anyway, and to search it would hold the loop.
+        num_images = len(images) or (num_bytes <= SHORT_BYTES and _SEES.search(body) is not None)
         length = 1 if compiles else num_bytes + IMAGE_BYTES * num_images
         ticket = _Ticket(
             [
