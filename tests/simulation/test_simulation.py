@@ -19,7 +19,7 @@ from cierzo.engine.text.parts import PartsReader
 from simulation.__main__ import COMMAND
 from simulation.world import World
 
-SEEDS, PARTS = 198, 6
+SEEDS, PARTS = 120, 6
 ONCE_RED = (391, 479, 701, 786, 1170, 1242, 1346, 1485, 20_018, 20_129, 20_626, 20_870)
 HAPPENS = {
     "cancelled",
