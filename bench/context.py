@@ -21,10 +21,10 @@ import msgspec
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.machine import measure_ceilings
 from cierzo.bench.profile import OperationRow, Profiler, columns
-from cierzo.bench.report import Recording, progress
+from cierzo.bench.report import Recording, progress, run_benchmark
 from cierzo.engine.checkpoint import checkpoint_folder
 from cierzo.engine.config import EngineOptions
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.options import add_checkpoint, count, positive
 
 PROGRAM = "cierzo.bench.context"
@@ -81,12 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefill", type=count, default=0, metavar="TOKENS", help="length of the prompt")
     parser.add_argument("--chunk-tokens", type=count, default=1024, metavar="N", help="prompt tokens of one step")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="steps of each context")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
-    try:
-        return _run(parser.parse_args(argv))
-    except CierzoError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    return run_benchmark(parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,9 +26,9 @@ from PIL import Image
 
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.context import resident_gb
-from cierzo.bench.report import Recording, progress
+from cierzo.bench.report import Recording, progress, run_benchmark
 from cierzo.bench.vision import image_size
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.llm import LLM
 from cierzo.engine.options import add_checkpoint, positive
 
@@ -119,12 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", type=image_size, nargs="*", default=sizes, metavar="WxH", help="in pixels")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="prompts of each kind")
     parser.add_argument("--text-only", action="store_true", help="leave the tower aside, for its memory: no images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
-    try:
-        return _run(parser.parse_args(argv))
-    except CierzoError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    return run_benchmark(parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from cierzo.bench.machine import Machine, describe_machine
 from cierzo.bench.revision import installed_versions
-from cierzo.engine.errors import ConfigError
+from cierzo.engine.errors import CierzoError, ConfigError
 
 progress = partial(tqdm, delay=2.0, leave=False, disable=None)  # a bar of what takes longer than seconds
 
@@ -38,6 +39,19 @@ def check_writable(path: Path) -> None:
     file = path.resolve()
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ConfigError(f"{path} cannot be written", field="json", limit="a path that can be written", value=path)
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+) -> int:
+    """Give a benchmark of one command the option --json, parse, and run it; exit status 2, with the words, for what
+    cannot be measured."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
+    try:
+        return run(parser.parse_args(argv))
+    except CierzoError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
 
 
 class Recording:

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from cierzo.bench.campaign.table import grid_of, text
 from cierzo.bench.context import resident_gb
-from cierzo.bench.report import Recording, progress
-from cierzo.engine.errors import CierzoError, ConfigError
+from cierzo.bench.report import Recording, progress, run_benchmark
+from cierzo.engine.errors import ConfigError
 from cierzo.engine.fields import Fields
 from cierzo.engine.model import vision
 from cierzo.engine.model.config_json import parse_config
@@ -173,12 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of weights and activations")
     parser.add_argument("--threads", type=positive, default=None, metavar="N", help="of both; default: torch's")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="runs of each image")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and results here")
-    try:
-        return _run(parser.parse_args(argv))
-    except CierzoError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    return run_benchmark(parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:

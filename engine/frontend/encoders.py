@@ -46,7 +46,8 @@ log = logging.getLogger(__name__)
 
 SHORT_BYTES = 256 * 1024  # what the process for short jobs takes
 IMAGE_BYTES = 512 * 1024  # an image takes as long as so much text, and the process for short jobs takes none
-_SEES = re.compile(rb"[\xa6\x06]images|(?i:data:image/)")  # a message that holds its images; some text seems to
+# Stands in a message that holds its images, and in some text.
+_HOLDS_IMAGES = re.compile(rb"[\xa6\x06]images|(?i:data:image/)")
 AGEING_BYTES_PER_S = 1024 * 1024.0  # a job that waits a second is as good as one so much shorter
 LONGEST_JOB_S = 300.0  # past any deadline that a client may set: a template can run in circles
 GRACE_S = 2.0  # for a job past its deadline: about what a new process costs
@@ -267,7 +268,7 @@ class Encoders:
         compiles = job.method == COMPILE
         # How long a grammar takes, its length does not tell; of an image, even a short file.
         # A message that is longer is no short job anyway, and to search it would hold the loop.
-        num_images = len(images) or (num_bytes <= SHORT_BYTES and _SEES.search(body) is not None)
+        num_images = len(images) or (num_bytes <= SHORT_BYTES and _HOLDS_IMAGES.search(body) is not None)
         length = 1 if compiles else num_bytes + IMAGE_BYTES * num_images
         ticket = _Ticket(
             [
